@@ -1,0 +1,1 @@
+"""What a learner meets around the model: setting up a notebook, and later the exercises."""

@@ -1,0 +1,35 @@
+"""Settings for every test: shapes and types checked at run time, few threads, no network."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Notebook kernels and training processes started by the tests inherit these.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Small tensors run no faster on more threads, and on a large machine much slower.
+os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+
+# Triton reads a kernel's source text and its bare parameters, so a wrapped kernel does not compile.
+UNCHECKED = {"kernels"}
+
+
+def check_types_in_dsv2() -> None:
+    """Let jaxtyping and beartype check every annotated call in dsv2; must run before dsv2 is imported."""
+    if not (importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype")):
+        return
+    from jaxtyping import install_import_hook
+
+    files = (ROOT / "dsv2").glob("*.py")
+    packages = (ROOT / "dsv2").glob("*/__init__.py")
+    parts = {file.stem for file in files} | {file.parent.name for file in packages}
+    modules = [f"dsv2.{part}" for part in sorted(parts - UNCHECKED - {"__init__"})]
+    install_import_hook(modules, "beartype.beartype")
+
+
+check_types_in_dsv2()
