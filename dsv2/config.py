@@ -131,7 +131,9 @@ class DSV2Config:
         if not problems:
             problems = [*_value_problems(self)]
         if problems:
-            raise ValueError("this configuration cannot be built:\n" + "\n".join(f"  - {p}" for p in problems))
+            raise ValueError(
+                "this configuration cannot be built:\n" + "\n".join(f"  - {p}" for p in problems)
+            )
 
     # ------------------------------------------------------------------------------------ reading, writing
 
@@ -162,9 +164,7 @@ class DSV2Config:
         unknown = sorted(str(k) for k in set(fields) - set(known))
         if unknown:
             raise ValueError(f"DSV2Config has no field named {', '.join(unknown)}{_closest(unknown[0])}")
-        missing = [
-            n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields
-        ]
+        missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
         if missing:
             raise ValueError(f"these fields have no default and are missing: {', '.join(missing)}")
         fields = dict(fields)
@@ -172,7 +172,9 @@ class DSV2Config:
             try:
                 fields["rope_scaling"] = YarnScaling(**fields["rope_scaling"])
             except TypeError as error:
-                raise ValueError(f"rope_scaling={fields['rope_scaling']!r} does not fit YarnScaling: {error}") from None
+                raise ValueError(
+                    f"rope_scaling={fields['rope_scaling']!r} does not fit YarnScaling: {error}"
+                ) from None
         return cls(**fields)
 
     @classmethod
@@ -191,7 +193,9 @@ class DSV2Config:
         Raises ValueError for the attention baselines, which Hugging Face's DeepSeek-V2 does not have.
         """
         if self.attention != "mla":
-            raise ValueError(f"attention={self.attention!r} has no Hugging Face form; only 'mla' can be exported")
+            raise ValueError(
+                f"attention={self.attention!r} has no Hugging Face form; only 'mla' can be exported"
+            )
         fields = self.to_dict()
         own = {name: fields.pop(name) for name in _DSV2_ONLY}
         yarn = fields.pop("rope_scaling")
@@ -213,9 +217,23 @@ class DSV2Config:
 
 # Fields without a counterpart in Hugging Face's config, or with another meaning there (transformers 5 writes
 # head_dim = qk_rope_head_dim).
-_DSV2_ONLY = ("attention", "head_dim", "num_key_value_heads", "device_loss_alpha", "communication_loss_alpha", "capacity_factor")
+_DSV2_ONLY = (
+    "attention",
+    "head_dim",
+    "num_key_value_heads",
+    "device_loss_alpha",
+    "communication_loss_alpha",
+    "capacity_factor",
+)
 
-_OPTIONAL = {"bos_token_id", "eos_token_id", "q_lora_rank", "head_dim", "num_key_value_heads", "capacity_factor"}
+_OPTIONAL = {
+    "bos_token_id",
+    "eos_token_id",
+    "q_lora_rank",
+    "head_dim",
+    "num_key_value_heads",
+    "capacity_factor",
+}
 
 
 def _type_problems(cfg: DSV2Config):
@@ -227,7 +245,9 @@ def _type_problems(cfg: DSV2Config):
             continue
         if kind == "int" and (not isinstance(value, int) or isinstance(value, bool)):
             yield f"{field.name}={value!r} must be an integer"
-        elif kind == "float" and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
+        elif kind == "float" and (
+            isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
+        ):
             yield f"{field.name}={value!r} must be a finite number"
         elif kind == "bool" and not isinstance(value, bool):
             yield f"{field.name}={value!r} must be true or false"
@@ -245,7 +265,13 @@ def _type_problems(cfg: DSV2Config):
 
 def _value_problems(cfg: DSV2Config):
     """One sentence per inconsistency, naming the fields."""
-    at_least_one = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+    at_least_one = [
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+    ]
     at_least_one += ["max_position_embeddings", "moe_layer_freq"]
     if cfg.attention == "mla":
         at_least_one += ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
@@ -374,7 +400,9 @@ def _from_hf_fields(raw: dict[str, Any]) -> dict[str, Any]:
     if raw.get("model_type") not in ("deepseek_v2", "deepseek"):
         problems.append(f"model_type={raw.get('model_type')!r} is not 'deepseek_v2'")
     if raw.get("quantization_config"):
-        problems.append("quantization_config is set: quantised checkpoints are not supported, use the bf16 one")
+        problems.append(
+            "quantization_config is set: quantised checkpoints are not supported, use the bf16 one"
+        )
     for name, value in _FIXED.items():
         if raw.get(name, value) not in (value, None):
             problems.append(f"{name}={raw[name]!r} is not supported (DeepSeek-V2 has {value!r})")
@@ -382,16 +410,22 @@ def _from_hf_fields(raw: dict[str, Any]) -> dict[str, Any]:
     if missing:
         problems.append(f"these fields are missing: {', '.join(missing)}")
     if problems:
-        raise ValueError("this config.json does not describe a DeepSeek-V2:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise ValueError(
+            "this config.json does not describe a DeepSeek-V2:\n" + "\n".join(f"  - {p}" for p in problems)
+        )
 
     own = raw.get("dsv2") or {}
     if not isinstance(own, dict):
         raise ValueError(f'config.json\'s "dsv2" must be an object; got {own!r}')
-    names = {f.name for f in dataclasses.fields(DSV2Config)} - set(_DSV2_ONLY) - {"rope_scaling", "rope_theta"}
+    names = (
+        {f.name for f in dataclasses.fields(DSV2Config)} - set(_DSV2_ONLY) - {"rope_scaling", "rope_theta"}
+    )
     fields = {name: raw[name] for name in names if raw.get(name) is not None}
     fields.update({name: own[name] for name in _DSV2_ONLY if name in own})
     fields["rope_theta"], fields["rope_scaling"] = _hf_rope(raw)
-    if isinstance(fields.get("eos_token_id"), list):  # newer generation configs list several; the first ends a text
+    if isinstance(
+        fields.get("eos_token_id"), list
+    ):  # newer generation configs list several; the first ends a text
         fields["eos_token_id"] = fields["eos_token_id"][0] if fields["eos_token_id"] else None
     return fields
 

@@ -91,9 +91,13 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, dim: int, theta: float = 10000.0, yarn: YarnScaling | None = None):
         super().__init__()
         self.dim, self.theta, self.yarn = dim, theta, yarn
-        self.length = 1.0  # of the rotary vectors; with mscale = mscale_all_dim, as in DeepSeek-V2, it stays 1
+        self.length = (
+            1.0  # of the rotary vectors; with mscale = mscale_all_dim, as in DeepSeek-V2, it stays 1
+        )
         if yarn is not None:
-            self.length = yarn_temperature(yarn.factor, yarn.mscale) / yarn_temperature(yarn.factor, yarn.mscale_all_dim)
+            self.length = yarn_temperature(yarn.factor, yarn.mscale) / yarn_temperature(
+                yarn.factor, yarn.mscale_all_dim
+            )
         self.register_buffer("frequencies", self._frequencies(), persistent=False)
 
     def _frequencies(self) -> Float[Tensor, "pairs"]:

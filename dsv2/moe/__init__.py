@@ -1,0 +1,20 @@
+"""Mixture of experts: who computes a token, how the work is kept even, and the layer that does it."""
+
+from __future__ import annotations
+
+from dsv2.moe.balance import balance_loss, drop_tokens, load_imbalance
+from dsv2.moe.experts import RoutedExperts
+from dsv2.moe.layer import DeepSeekMoE
+from dsv2.moe.routing import Router, Routing, device_limited_top_k, top_k
+
+__all__ = [
+    "DeepSeekMoE",
+    "RoutedExperts",
+    "Router",
+    "Routing",
+    "balance_loss",
+    "device_limited_top_k",
+    "drop_tokens",
+    "load_imbalance",
+    "top_k",
+]
