@@ -19,8 +19,8 @@ class YarnScaling:
 
     `factor` is s, the ratio of the new context to the old; `beta_fast` and `beta_slow` bound, in turns made
     within the original context, the frequencies that are kept and those that are interpolated fully;
-    `mscale_all_dim` sets the temperature of the attention logits and `mscale / mscale_all_dim` the length of the
-    rotary vectors.
+    `mscale_all_dim` sets the temperature of the attention logits and `mscale / mscale_all_dim` the length of
+    the rotary vectors.
     """
 
     factor: float
@@ -139,7 +139,7 @@ class DSV2Config:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> DSV2Config:
-        """A named configuration: `tiny`, `small`, `lite` (V2-Lite, 15.7B) or `full` (V2, 236B), with changes."""
+        """A named configuration: `tiny`, `small`, `lite` (V2-Lite) or `full` (V2), with changes."""
         if name not in PRESETS:
             raise ValueError(f"preset={name!r} is unknown; choose one of {', '.join(PRESETS)}")
         return PRESETS[name].replace(**changes)
@@ -179,16 +179,16 @@ class DSV2Config:
 
     @classmethod
     def from_hf(cls, source: str | Path | dict[str, Any]) -> DSV2Config:
-        """Read a Hugging Face DeepSeek-V2 `config.json` (transformers 4 or 5 style): a path, a folder or a dict.
+        """Read a Hugging Face `config.json` (transformers 4 or 5 style): a path, a folder or a dict.
 
-        Raises ValueError naming the fields for another architecture, a quantised checkpoint, or a feature that
-        DeepSeek-V2 does not have (biases, sigmoid scores); FileNotFoundError if there is no such file.
+        Raises ValueError naming the fields for another architecture, a quantised checkpoint, or a feature
+        that DeepSeek-V2 does not have (biases, sigmoid scores); FileNotFoundError if there is no such file.
         """
         raw = source if isinstance(source, dict) else _read_json(Path(source))
         return cls.from_dict(_from_hf_fields(raw))
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` that transformers (4 and 5) reads; what only dsv2 knows goes under the key "dsv2".
+        """The `config.json` that transformers (4 and 5) reads; dsv2's own fields go under "dsv2".
 
         Raises ValueError for the attention baselines, which Hugging Face's DeepSeek-V2 does not have.
         """
@@ -322,14 +322,20 @@ def _value_problems(cfg: DSV2Config):
                 f"beta_slow={yarn.beta_slow}"
             )
         if yarn.mscale < 0 or yarn.mscale_all_dim < 0:
-            yield f"rope_scaling.mscale={yarn.mscale} and mscale_all_dim={yarn.mscale_all_dim} must not be negative"
+            yield (
+                f"rope_scaling.mscale={yarn.mscale} and mscale_all_dim={yarn.mscale_all_dim} "
+                "must not be negative"
+            )
         if cfg.rope_theta <= 1:
             yield f"rope_theta={cfg.rope_theta} must be above 1 with YaRN, which takes its logarithm"
 
     if cfg.first_k_dense_replace < 0:
         yield f"first_k_dense_replace={cfg.first_k_dense_replace} must not be negative"
     if cfg.n_routed_experts < 0 or cfg.n_shared_experts < 0:
-        yield f"n_routed_experts={cfg.n_routed_experts} and n_shared_experts={cfg.n_shared_experts} must not be negative"
+        yield (
+            f"n_routed_experts={cfg.n_routed_experts} and n_shared_experts={cfg.n_shared_experts} "
+            "must not be negative"
+        )
     elif cfg.n_routed_experts > 0:
         yield from _routing_problems(cfg)
 
@@ -345,7 +351,10 @@ def _routing_problems(cfg: DSV2Config):
     if cfg.capacity_factor is not None and cfg.capacity_factor <= 0:
         yield f"capacity_factor={cfg.capacity_factor} must be above 0, or None to drop no tokens"
     if cfg.n_group < 1 or experts % cfg.n_group:
-        yield f"experts must split evenly over devices: n_routed_experts={experts} is not a multiple of n_group={cfg.n_group}"
+        yield (
+            f"experts must split evenly over devices: n_routed_experts={experts} is not a multiple of "
+            f"n_group={cfg.n_group}"
+        )
         return
     if not 1 <= cfg.topk_group <= cfg.n_group:
         yield f"topk_group={cfg.topk_group} must lie in 1..n_group={cfg.n_group}"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def rms_norm(
-    x: Float[Tensor, "*batch channels"], weight: Float[Tensor, "channels"], eps: float = 1e-6
+    x: Float[Tensor, "*batch channels"], weight: Float[Tensor, " channels"], eps: float = 1e-6
 ) -> Float[Tensor, "*batch channels"]:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 

@@ -18,8 +18,11 @@ from dsv2.rope import RotaryEmbedding
 
 @dataclass
 class ModelOutput:
-    """logits: (batch, tokens, vocab), or (batch, 1, vocab) with `last_only`. balance_loss: scalar, summed over the
-    layers, 0 outside training. routings: one `Routing` per layer of experts, first layer first."""
+    """What a forward pass returns.
+
+    logits: (batch, tokens, vocab), or (batch, 1, vocab) with `last_only`. balance_loss: scalar, summed over
+    the layers, 0 outside training. routings: one `Routing` per layer of experts, first layer first.
+    """
 
     logits: Float[Tensor, "batch tokens vocab"]
     balance_loss: Float[Tensor, ""]
@@ -51,8 +54,8 @@ class Block(nn.Module):
 class DeepSeekV2(nn.Module):
     """The language model: token ids (batch, tokens) -> `ModelOutput`.
 
-    `tokenizer` is what `load_pretrained` and the trainer found beside the weights; `generate` uses it.
-    With `checkpoint_blocks`, training keeps only the blocks' inputs and computes the rest again in the backward
+    `tokenizer` is what `load_pretrained` and the trainer found beside the weights; `generate` uses it. With
+    `checkpoint_blocks`, training keeps only the blocks' inputs and computes the rest again in the backward
     pass: less memory for about a third more work.
     """
 
@@ -90,10 +93,10 @@ class DeepSeekV2(nn.Module):
     ) -> ModelOutput:
         """Logits for the next token after each of `tokens`.
 
-        cache: the tokens follow what it holds, and are added to it. attention_mask: (batch, tokens), true at real
-        tokens; padding may stand on either side, takes no position and no room in the cache, and its logits mean
-        nothing. last_only: logits after each sequence's last real token alone. Raises ValueError for a shape that
-        does not fit, IndexError for an id outside the vocabulary.
+        cache: the tokens follow what it holds, and are added to it. attention_mask: (batch, tokens), true at
+        real tokens; padding may stand on either side, takes no position and no room in the cache, and its
+        logits mean nothing. last_only: logits after each sequence's last real token alone. Raises ValueError
+        for a shape that does not fit, IndexError for an id outside the vocabulary.
         """
         self._check(tokens, attention_mask, cache)
         mask = None if attention_mask is None else attention_mask.bool()
@@ -124,7 +127,7 @@ class DeepSeekV2(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> LatentCache | KVCache:
-        """An empty cache for `batch` sequences of at most `max_tokens` tokens, on the model's device and in its type."""
+        """An empty cache for `batch` sequences of up to `max_tokens` tokens, where the model is, in its type."""
         weight = self.embed.weight
         return new_cache(self.cfg, batch, max_tokens, device or weight.device, dtype or weight.dtype)
 
@@ -141,12 +144,13 @@ class DeepSeekV2(nn.Module):
     def _check(self, tokens: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> None:
         if tokens.dim() != 2 or tokens.is_floating_point() or tokens.numel() == 0:
             raise ValueError(
-                f"tokens must be integers of shape (batch, tokens), at least one of each; got {tokens.dtype} of shape "
-                f"{tuple(tokens.shape)}"
+                "tokens must be integers of shape (batch, tokens), at least one of each; "
+                f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
             )
         if attention_mask is not None and attention_mask.shape != tokens.shape:
             raise ValueError(
-                f"attention_mask must have the shape of tokens, {tuple(tokens.shape)}; got {tuple(attention_mask.shape)}"
+                f"attention_mask must have the shape of tokens, {tuple(tokens.shape)}; "
+                f"got {tuple(attention_mask.shape)}"
             )
         expected = LatentCache if self.cfg.attention == "mla" else KVCache
         if cache is not None and not isinstance(cache, expected):
@@ -163,7 +167,7 @@ class DeepSeekV2(nn.Module):
             )
 
 
-def _last_real(mask: Bool[Tensor, "batch tokens"]) -> Int[Tensor, "batch"]:
+def _last_real(mask: Bool[Tensor, "batch tokens"]) -> Int[Tensor, " batch"]:
     """The column of each row's last real token (0 for a row of padding)."""
     columns = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(mask, columns, 0).amax(dim=1)

@@ -1,7 +1,7 @@
 """Rotary position embedding, and YaRN, which stretches it to longer contexts.
 
-A pair of neighbouring channels (x_0, x_1) at position p turns by the angle p * f, with one frequency f per pair.
-The product of a query turned by p and a key turned by q depends on p - q alone.
+A pair of neighbouring channels (x_0, x_1) at position p turns by the angle p * f, with one frequency f per
+pair. The product of a query turned by p and a key turned by q depends on p - q alone.
 
 Sources: RoFormer, arXiv 2104.09864; YaRN, arXiv 2309.00071; DeepSeek-V2, arXiv 2405.04434, section 3.1.4.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dsv2.config import DSV2Config, YarnScaling
 
 
-def rope_frequencies(dim: int, theta: float = 10000.0) -> Float[Tensor, "pairs"]:
+def rope_frequencies(dim: int, theta: float = 10000.0) -> Float[Tensor, " pairs"]:
     """Radians per position of each pair: theta^(-2i/dim) for i = 0 .. dim/2 - 1. float32, fastest first."""
     return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
 
@@ -25,8 +25,8 @@ def rope_frequencies(dim: int, theta: float = 10000.0) -> Float[Tensor, "pairs"]
 def yarn_correction_range(dim: int, theta: float, yarn: YarnScaling) -> tuple[int, int]:
     """The first pair that is changed at all and the first that is fully interpolated.
 
-    Pair i makes L * theta^(-2i/dim) / (2 pi) turns within the original context L; solved for i at beta_fast and
-    beta_slow turns. With DeepSeek-V2's values (dim 64): 10 and 23 of 32 pairs.
+    Pair i makes L * theta^(-2i/dim) / (2 pi) turns within the original context L; solved for i at beta_fast
+    and beta_slow turns. With DeepSeek-V2's values (dim 64): 10 and 23 of 32 pairs.
     """
 
     def pair_that_turns(times: float) -> float:
@@ -38,7 +38,7 @@ def yarn_correction_range(dim: int, theta: float, yarn: YarnScaling) -> tuple[in
     return low, high
 
 
-def yarn_frequencies(dim: int, theta: float, yarn: YarnScaling) -> Float[Tensor, "pairs"]:
+def yarn_frequencies(dim: int, theta: float, yarn: YarnScaling) -> Float[Tensor, " pairs"]:
     """Frequencies after YaRN: fast pairs as they were, slow ones divided by `factor`, a ramp in between.
 
     A pair that turns many times within the trained context already tells near positions apart, and must not
@@ -52,7 +52,7 @@ def yarn_frequencies(dim: int, theta: float, yarn: YarnScaling) -> Float[Tensor,
 
 
 def yarn_temperature(factor: float, mscale: float) -> float:
-    """sqrt(t) = 0.1 * mscale * ln(s) + 1: with mscale 0.707, DeepSeek-V2's 0.0707 ln s + 1 (section 3.1.4)."""
+    """sqrt(t) = 0.1 * mscale * ln(s) + 1: DeepSeek-V2's 0.0707 ln s + 1 (section 3.1.4)."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -74,7 +74,8 @@ def rotate_pairs(
 ) -> Float[Tensor, "... tokens heads channels"]:
     """Turn each pair (x_0, x_1) of neighbouring channels: (x_0 cos - x_1 sin, x_0 sin + x_1 cos).
 
-    Computed in float32 and returned in x's type: late positions are large angles, and bf16 keeps three digits.
+    Computed in float32 and returned in x's type: late positions are large angles, and bf16 keeps three
+    digits.
     """
     x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
@@ -82,10 +83,10 @@ def rotate_pairs(
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin of every position's angles: positions (batch, tokens) -> two (batch, tokens, pairs), float32.
+    """cos and sin of every position's angles: (batch, tokens) -> two (batch, tokens, pairs), float32.
 
-    `dim` is the number of rotated channels. The angles are computed for the positions asked for, so there is no
-    table to outgrow; one model holds one of these and all layers share its output.
+    `dim` is the number of rotated channels. The angles are computed for the positions asked for, so there is
+    no table to outgrow; one model holds one of these and all layers share its output.
     """
 
     def __init__(self, dim: int, theta: float = 10000.0, yarn: YarnScaling | None = None):
@@ -100,13 +101,13 @@ class RotaryEmbedding(nn.Module):
             )
         self.register_buffer("frequencies", self._frequencies(), persistent=False)
 
-    def _frequencies(self) -> Float[Tensor, "pairs"]:
+    def _frequencies(self) -> Float[Tensor, " pairs"]:
         if self.yarn is None:
             return rope_frequencies(self.dim, self.theta)
         return yarn_frequencies(self.dim, self.theta, self.yarn)
 
     def _apply(self, fn, recurse=True):
-        """Frequencies stay float32 when the model is cast to bf16, and get their values when it leaves `meta`."""
+        """Keep the frequencies float32 in a bf16 model, and give them values when it leaves `meta`."""
         super()._apply(fn, recurse)
         if self.frequencies.device.type != "meta":
             self.frequencies = self._frequencies().to(self.frequencies.device)

@@ -26,7 +26,8 @@ def grouped_attention(
 ) -> Float[Tensor, "batch tokens heads v_dim"]:
     """softmax(scale * q k^T) v, where query head h reads key/value head h * kv_heads // heads.
 
-    mask: True where a query may look; causal: query t sees keys 0..t. The values may be narrower than the keys.
+    mask: True where a query may look; causal: query t sees keys 0..t. The values may be narrower than the
+    keys.
     """
     narrow = v.shape[-1]
     if q.device.type == "cpu" and narrow < q.shape[-1]:

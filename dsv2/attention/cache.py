@@ -1,7 +1,7 @@
 """What decoding keeps of the past: a `LatentCache` for MLA, a `KVCache` for MHA, GQA and MQA.
 
-Both are allocated once, at the size asked for, and hold every layer of a model. A sequence of the batch is packed
-from slot 0 without gaps, so that a token's slot is its position; sequences may differ in length.
+Both are allocated once, at the size asked for, and hold every layer of a model. A sequence of the batch is
+packed from slot 0 without gaps, so that a token's slot is its position; sequences may differ in length.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from dsv2.config import DSV2Config
 class Span:
     """Where the tokens of one forward pass stand, and which keys each of them may see.
 
-    positions: (batch, tokens) int64, of each token in its sequence; padding has a position too, which nothing uses.
-    mask: (batch or 1, tokens, keys) bool, True where a query may look; None: `causal` says it all.
+    positions: (batch, tokens) int64, of each token in its sequence; padding has a position too, which nothing
+    uses. mask: (batch or 1, tokens, keys) bool, True where a query may look; None: `causal` says it all.
     causal: query t sees keys 0..t (no cache, or an empty one); with neither, every query sees every key.
-    keys: how many keys there are once this span is in.
-    start: the slot of the first token when all sequences are equally long; None: `rows`, `columns`, `slots` hold,
-    for every real token, its sequence, its column in the span and its slot in the cache.
-    counts: (batch,) int32 real tokens of each sequence; None: all.
+    keys: how many keys there are once this span is in. start: the slot of the first token when all sequences
+    are equally long; None: `rows`, `columns`, `slots` hold, for every real token, its sequence, its column in
+    the span and its slot in the cache. counts: (batch,) int32 real tokens of each sequence; None: all.
     """
 
     positions: Int[Tensor, "batch tokens"]
@@ -34,10 +33,10 @@ class Span:
     mask: Bool[Tensor, "_ tokens keys"] | None = None
     causal: bool = False
     start: int | None = None
-    rows: Int[Tensor, "real"] | None = None
-    columns: Int[Tensor, "real"] | None = None
-    slots: Int[Tensor, "real"] | None = None
-    counts: Int[Tensor, "batch"] | None = None
+    rows: Int[Tensor, " real"] | None = None
+    columns: Int[Tensor, " real"] | None = None
+    slots: Int[Tensor, " real"] | None = None
+    counts: Int[Tensor, " batch"] | None = None
     cache: Cache | None = None
     cos: Float[Tensor, "batch tokens pairs"] | None = None
     sin: Float[Tensor, "batch tokens pairs"] | None = None
@@ -52,8 +51,8 @@ def plan_span(
 ) -> Span:
     """The span of `tokens` further tokens per sequence, after those in `cache`.
 
-    attention_mask: (batch, tokens), True at real tokens; padding may stand left or right of them. Without one,
-    every token is real. Raises ValueError if the cache is too small or for another batch.
+    attention_mask: (batch, tokens), True at real tokens; padding may stand left or right of them. Without
+    one, every token is real. Raises ValueError if the cache is too small or for another batch.
     """
     if cache is not None and cache.batch != batch:
         raise ValueError(f"tokens holds {batch} sequences, but the cache was made for {cache.batch}")
@@ -122,7 +121,8 @@ def _real_positions(attention_mask: Bool[Tensor, "batch tokens"]) -> Int[Tensor,
 class Cache(ABC):
     """The book-keeping that both caches share: how long each sequence is, and how much room is left.
 
-    lengths: (batch,) int32, on the cache's device. longest: the longest of them, known without asking the device.
+    lengths: (batch,) int32, on the cache's device. longest: the longest of them, known without asking the
+    device.
     """
 
     def __init__(self, layers: int, batch: int, max_tokens: int, device: torch.device | str | None):
@@ -193,8 +193,8 @@ class Cache(ABC):
 class LatentCache(Cache):
     """c_KV and k^R of every past token: (d_c + d_h^R) numbers a token and layer, shared by all heads.
 
-    latent: (layers, batch, max_tokens, d_c); k_rope: (layers, batch, max_tokens, d_h^R), rotated already. Both are
-    views of `entries`, where the two stand side by side (DeepSeek-V2, section 2.1.3).
+    latent: (layers, batch, max_tokens, d_c); k_rope: (layers, batch, max_tokens, d_h^R), rotated already.
+    Both are views of `entries`, where the two stand side by side (DeepSeek-V2, section 2.1.3).
     """
 
     def __init__(

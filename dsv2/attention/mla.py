@@ -1,9 +1,9 @@
 """Multi-head Latent Attention (MLA): one set of weights, two forms of the same computation.
 
-Expanded: keys and values of every head are recovered from the latents, then attended to as usual. Best where many
-queries share the recovery: training and prefill.
-Absorbed: W^UK moves to the query and W^UV to the output, so that attention runs over the cached latents as they
-are. Best for decoding, where one query would have to pay for recovering the whole past.
+Expanded: keys and values of every head are recovered from the latents, then attended to as usual. Best where
+many queries share the recovery: training and prefill. Absorbed: W^UK moves to the query and W^UV to the
+output, so that attention runs over the cached latents as they are. Best for decoding, where one query would
+have to pay for recovering the whole past.
 
 Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 and appendix C (equations 37-47).
 """
@@ -34,7 +34,7 @@ def expand_keys_values(
     w_uk: Float[Tensor, "H N C"],
     w_uv: Float[Tensor, "H V C"],
 ) -> tuple[Float[Tensor, "B S H N_plus_R"], Float[Tensor, "B S H V"]]:
-    """Every head's keys [W^UK c; k^R] and values W^UV c, recovered from the latents (equations 10, 11, 17)."""
+    """Every head's keys [W^UK c; k^R] and values W^UV c, from the latents (equations 10, 11, 17)."""
     heads = w_uk.shape[0]
     k_nope = (latent @ w_uk.flatten(0, 1).mT).unflatten(-1, (heads, -1))
     v = (latent @ w_uv.flatten(0, 1).mT).unflatten(-1, (heads, -1))
@@ -44,7 +44,8 @@ def expand_keys_values(
 def absorb_query(q_nope: Float[Tensor, "B T H N"], w_uk: Float[Tensor, "H N C"]) -> Float[Tensor, "B T H C"]:
     """Move W^UK from the keys to the query, so that scores are taken against the cached latent.
 
-    q^T (W^UK c) = ((W^UK)^T q)^T c: one small product per query replaces one per cached token (section 2.1.2).
+    q^T (W^UK c) = ((W^UK)^T q)^T c: one small product per query replaces one per cached token (section
+    2.1.2).
     """
     return torch.einsum("bthn,hnc->bthc", q_nope, w_uk)
 
@@ -59,8 +60,8 @@ def absorbed_attention(
 ) -> Float[Tensor, "B T H C"]:
     """Attention over the latents themselves: softmax(scale (q_latent c^T + q_rope k_rope^T)) c.
 
-    All heads read one shared sequence of latents, as in multi-query attention; `mask` is True where a query may
-    look. The result is a mixture of latents for every head, still to be multiplied by W^UV.
+    All heads read one shared sequence of latents, as in multi-query attention; `mask` is True where a query
+    may look. The result is a mixture of latents for every head, still to be multiplied by W^UV.
     """
     tokens, heads = q_latent.shape[1:3]
     scores = torch.baddbmm(
@@ -83,8 +84,8 @@ def expand_output(
 def absorbed_is_cheaper(cfg: DSV2Config, tokens: int, keys: int) -> bool:
     """Whether `tokens` queries against `keys` cached tokens take fewer multiply-adds in the absorbed form.
 
-    Per head, absorbed: T S (2C + R) + T C (N + V); expanded: T S (N + R + V) + S C (N + V). With V2's sizes the
-    absorbed form wins up to about 170 new tokens at once.
+    Per head, absorbed: T S (2C + R) + T C (N + V); expanded: T S (N + R + V) + S C (N + V). With V2's sizes
+    the absorbed form wins up to about 170 new tokens at once.
     """
     latent, rope = cfg.kv_lora_rank, cfg.qk_rope_head_dim
     recovered = cfg.qk_nope_head_dim + cfg.v_head_dim
@@ -98,8 +99,8 @@ class MultiHeadLatentAttention(nn.Module):
 
     `form` is "auto" (the cheaper one: absorbed for decoding, expanded otherwise), "expanded" or "absorbed".
 
-    Weights: queries W^Q, or W^DQ, a norm and [W^UQ; W^QR] with q_lora_rank; `w_dkv` = [W^DKV; W^KR], which gives
-    the latent and the shared rotary key; `w_uk`, `w_uv` per head; `w_o`.
+    Weights: queries W^Q, or W^DQ, a norm and [W^UQ; W^QR] with q_lora_rank; `w_dkv` = [W^DKV; W^KR], which
+    gives the latent and the shared rotary key; `w_uk`, `w_uv` per head; `w_o`.
     """
 
     def __init__(self, cfg: DSV2Config, layer: int):

@@ -1,7 +1,7 @@
 """Keeping experts and devices busy: three auxiliary losses, token dropping, and how uneven a load is.
 
-f counts choices and carries no gradient; P averages affinities and does: lowering sum f_i P_i takes probability
-away from what is chosen too often. Each loss equals its alpha at perfect balance.
+f counts choices and carries no gradient; P averages affinities and does: lowering sum f_i P_i takes
+probability away from what is chosen too often. Each loss equals its alpha at perfect balance.
 
 Source: DeepSeek-V2, arXiv 2405.04434, sections 2.2.3 and 2.2.4, equations 23-31, where T is the length of one
 sequence: the losses are computed for every sequence and averaged over the batch.
@@ -49,7 +49,7 @@ def device_reach(
     topk_group: int,
     mask: Bool[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B G"]:
-    """f''_i = G / (M T) * (how many tokens are sent to device i); a token counts once a device (equation 30)."""
+    """f''_i = G / (M T) * (tokens sent to device i); a token counts once a device (equation 30)."""
     batch, tokens, _ = expert_ids.shape
     device_ids = expert_ids // (n_experts // n_group)
     sent = torch.zeros(batch, tokens, n_group, device=expert_ids.device).scatter_(2, device_ids, 1.0)
@@ -62,7 +62,7 @@ def expert_balance_loss(
     alpha: float,
     mask: Bool[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, ""]:
-    """L_ExpBal = alpha_1 * sum_i f_i P_i (equation 23), averaged over the batch. mask: True at real tokens."""
+    """L_ExpBal = alpha_1 * sum_i f_i P_i (equation 23), averaged over the batch. mask: True at real."""
     f = expert_frequencies(expert_ids, scores.shape[-1], mask)
     return alpha * (f * mean_affinities(scores, mask)).sum(dim=-1).mean()
 
@@ -120,16 +120,18 @@ def drop_tokens(
     routing: Routing,
     n_group: int,
     capacity_factor: float = 1.0,
-    exempt: Bool[Tensor, "B"] | None = None,
+    exempt: Bool[Tensor, " B"] | None = None,
     mask: Bool[Tensor, "B T"] | None = None,
 ) -> Bool[Tensor, "B T K"]:
     """Which token-expert pairs stay when every device computes at most its budget of them (section 2.2.4).
 
-    A device's budget is capacity_factor times the average, K T B / G pairs; over it, the pairs with the lowest
-    affinity go. Pairs of exempt sequences are never dropped (the paper keeps about a tenth), and come out of the
-    same budget first. The paper leaves open what is dropped; here it is the pair. mask: padding takes no room.
+    A device's budget is capacity_factor times the average, K T B / G pairs; over it, the pairs with the
+    lowest affinity go. Pairs of exempt sequences are never dropped (the paper keeps about a tenth), and come
+    out of the same budget first. The paper leaves open what is dropped; here it is the pair. mask: padding
+    takes no room.
     """
-    ids, batch, tokens, k = routing.expert_ids, *routing.expert_ids.shape
+    ids = routing.expert_ids
+    batch, tokens, _ = ids.shape
     real = torch.ones(batch, tokens, dtype=torch.bool, device=ids.device) if mask is None else mask
     real = real[..., None].expand_as(ids)
     budget = (real.sum() * capacity_factor / n_group).floor()
@@ -149,7 +151,7 @@ def drop_tokens(
     return kept & real
 
 
-def load_imbalance(load: Float[Tensor, "E"] | Int[Tensor, "E"]) -> float:
+def load_imbalance(load: Float[Tensor, " E"] | Int[Tensor, " E"]) -> float:
     """The busiest expert's load over the average one: 1 at perfect balance, E if one does everything."""
     load = load.float()
     return float(load.max() / load.mean().clamp(min=1e-9))

@@ -1,6 +1,7 @@
 """The experts: E feed-forward networks held as two stacked weights, run over the tokens that chose them."""
 
-# n tokens   D hidden_size   E routed experts   K experts per token   I moe_intermediate_size   P token-expert pairs
+# n tokens   D hidden_size   E routed experts   K experts per token   I moe_intermediate_size
+# P token-expert pairs
 
 from __future__ import annotations
 
@@ -16,9 +17,9 @@ def run_sorted(
     x: Float[Tensor, "P D"],
     w_gate_up: Float[Tensor, "E twoI D"],
     w_down: Float[Tensor, "E D I"],
-    load: Int[Tensor, "E"],
+    load: Int[Tensor, " E"],
 ) -> Float[Tensor, "P D"]:
-    """Every expert on its own rows: `x` is sorted by expert, the first load[0] rows are expert 0's, and so on."""
+    """Every expert on its own rows of `x`: the first load[0] rows are expert 0's, and so on."""
     outputs = []
     # unbind, not w[e]: the gradient of E separate selections would be E tensors of the size of all experts.
     for rows, gate_up, down in zip(x.split(load.tolist()), w_gate_up.unbind(), w_down.unbind()):
@@ -31,9 +32,9 @@ def run_grouped(
     x: Float[Tensor, "P D"],
     w_gate_up: Float[Tensor, "E twoI D"],
     w_down: Float[Tensor, "E D I"],
-    load: Int[Tensor, "E"],
+    load: Int[Tensor, " E"],
 ) -> Float[Tensor, "P D"]:
-    """The same as `run_sorted` in two launches, through torch's grouped matrix product; the load stays on the GPU."""
+    """What `run_sorted` computes, by two grouped matrix products; the load stays on the GPU."""
     ends = load.cumsum(0, dtype=torch.int32)
     hidden = swiglu(_grouped_mm(x, w_gate_up.mT, ends))
     return _grouped_mm(hidden, w_down.mT, ends)
@@ -69,7 +70,7 @@ class RoutedExperts(nn.Module):
         weights: Float[Tensor, "n K"],
         kept: Bool[Tensor, "n K"] | None = None,
     ) -> Float[Tensor, "n D"]:
-        """Sort the token-expert pairs by expert, run, weigh, and add up per token. Dropped pairs add nothing."""
+        """Sort the pairs by expert, run, weigh, and add up per token. Dropped pairs add nothing."""
         n_experts, k = self.w_down.shape[0], expert_ids.shape[1]
         experts = expert_ids.flatten()
         if kept is None:

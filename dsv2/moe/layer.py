@@ -16,12 +16,13 @@ EXEMPT_SHARE = 0.1  # of the sequences, which keep all their tokens (section 2.2
 
 
 class DeepSeekMoE(nn.Module):
-    """sum_i FFN^(s)_i(u_t) + sum_i g_{i,t} FFN^(r)_i(u_t): (batch, tokens, hidden) -> the same, and the Routing.
+    """sum_i FFN^(s)_i(u_t) + sum_i g_{i,t} FFN^(r)_i(u_t): (B, T, D) -> (B, T, D) and the Routing.
 
     The shared experts are one network N_s times as wide, which computes the same sum. With
     `cfg.capacity_factor`, tokens are dropped in training, never in evaluation.
 
-    Source: DeepSeek-V2, arXiv 2405.04434, section 2.2, equation 20 (without the residual u_t, which the block adds).
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.2, equation 20 (without the residual u_t, which the block
+    adds).
     """
 
     def __init__(self, cfg: DSV2Config):

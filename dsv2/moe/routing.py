@@ -3,7 +3,8 @@
 Source: DeepSeek-V2, arXiv 2405.04434, sections 2.2.1 and 2.2.2, equations 20-22.
 """
 
-# B batch   T tokens   D hidden_size   E routed experts   K experts per token   G devices   M devices per token
+# B batch   T tokens   D hidden_size   E routed experts   K experts per token
+# G devices   M devices per token
 
 from __future__ import annotations
 
@@ -20,9 +21,10 @@ from dsv2.config import DSV2Config
 class Routing:
     """Where one layer sends its tokens; what dispatch, balance losses and pictures are made from.
 
-    expert_ids: (batch, tokens, K) int64, best first. weights: (batch, tokens, K), what each expert's output is
-    multiplied by. scores: (batch, tokens, E), the affinities s_{i,t} before any choice. kept: (batch, tokens, K)
-    bool, False where a token was dropped to keep a device within its budget; None: nothing was dropped.
+    expert_ids: (batch, tokens, K) int64, best first. weights: (batch, tokens, K), what each expert's output
+    is multiplied by. scores: (batch, tokens, E), the affinities s_{i,t} before any choice. kept: (batch,
+    tokens, K) bool, False where a token was dropped to keep a device within its budget; None: nothing was
+    dropped.
     """
 
     expert_ids: Int[Tensor, "B T K"]
@@ -34,7 +36,7 @@ class Routing:
     def n_experts(self) -> int:
         return self.scores.shape[-1]
 
-    def load(self) -> Int[Tensor, "E"]:
+    def load(self) -> Int[Tensor, " E"]:
         """How many of the batch's tokens chose each expert, before dropping."""
         return torch.bincount(self.expert_ids.flatten(), minlength=self.n_experts)
 
@@ -44,7 +46,7 @@ class Routing:
 
 
 def expert_affinity(x: Float[Tensor, "B T D"], centroids: Float[Tensor, "E D"]) -> Float[Tensor, "B T E"]:
-    """s_{i,t} = Softmax_i(u_t^T e_i), in float32 whatever the model's type: near ties decide who works (eq. 22)."""
+    """s_{i,t} = Softmax_i(u_t^T e_i), in float32 always: near ties decide who works (equation 22)."""
     return (x.float() @ centroids.float().mT).softmax(dim=-1)
 
 
@@ -79,7 +81,7 @@ def device_limited_top_k(scores: Float[Tensor, "B T E"], k: int, n_group: int, t
 
 
 class Router(nn.Module):
-    """Affinities from learned centroids e_i, and the choice by `cfg.topk_method`: (batch, tokens, hidden) -> Routing.
+    """Affinities from learned centroids e_i, and the choice by `cfg.topk_method`: (B, T, D) -> Routing.
 
     The weights are multiplied by `routed_scaling_factor`, or, with `norm_topk_prob`, normalised to 1 instead.
     """
