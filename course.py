@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The one entry point of the course: makes the environment .venv on first use, then runs a command in it.
 
-Needs nothing but Python 3.10 or newer. Down to the version check this file also runs on Python 3.6, so that an
-old Python gets a sentence instead of a syntax error.
+Needs nothing but Python 3.10 or newer. Python 3.6 can read this file too, and runs it as far as the check
+of the version, so that an old Python gives a sentence instead of a syntax error.
 """
 
 import sys
@@ -13,9 +13,9 @@ def version_problem(version, executable="python3"):
     if tuple(version[:2]) >= (3, 10):
         return ""
     return (
-        "The course needs Python 3.10 or newer; %s is Python %d.%d.\n"
-        "Install a newer one (https://www.python.org/downloads/, or your system's package manager) and start the "
-        "course with it, for example: python3.12 course.py lab" % (executable, version[0], version[1])
+        f"The course needs Python 3.10 or newer; {executable} is Python {version[0]}.{version[1]}.\n"
+        "Install a newer one (https://www.python.org/downloads/, or your system's package manager)\n"
+        "and start the course with it, for example: python3.12 course.py lab"
     )
 
 
@@ -49,8 +49,8 @@ FIRST_NOTEBOOK = "00_start_here"
 FIRST_PORT = 8888
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
-# Free space asked for, in GB: (beside course.py, in the temporary folder that pip unpacks into). Measured: the whole
-# environment takes 1.7 GB with the CPU build of PyTorch; the CUDA build and its libraries take about 7 GB.
+# Free space asked for, in GB: (beside course.py, in the temporary folder that pip downloads into). The whole
+# environment measures 1.7 GB with the CPU build of PyTorch; the CUDA build brings about 7 GB of libraries.
 SPACE_FOR_CPU = (3.0, 1.0)
 SPACE_FOR_CUDA = (10.0, 4.0)
 SPACE_WITHOUT_TORCH = (1.0, 0.5)
@@ -72,7 +72,7 @@ class Stop(Exception):
 
 
 def main(arguments: list[str]) -> int:
-    """Run one command; returns its exit status, 1 after an error, 2 after a wrong command, 130 after Ctrl-C."""
+    """Run one command; returns its exit status, or 1 (cannot go on), 2 (no such command), 130 (Ctrl-C)."""
     commands = {"lab": lab, "test": test, "bench": bench}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> int:
         return 130
 
 
-# ---------------------------------------------------------------------------------------------------------- commands
+# --------------------------------------------------------------------------------------------------- commands
 
 
 def lab(arguments: list[str]) -> int:
@@ -133,7 +133,7 @@ def lab(arguments: list[str]) -> int:
 def test(arguments: list[str]) -> int:
     """Run pytest on the tests and on every notebook."""
     prepare([TO_RUN, TO_TEST])
-    # Lax: a notebook must run without an error; its committed outputs hold timings and need not come out the same.
+    # Lax: a notebook must run without an error; its committed outputs hold timings, which vary.
     return hand_over(["-m", "pytest", "--nbval-lax", "--nbval-current-env", *arguments], ROOT)
 
 
@@ -196,7 +196,7 @@ def port_problem(port: int) -> str:
     return ""
 
 
-# ------------------------------------------------------------------------------------------------------- environment
+# ------------------------------------------------------------------------------------------------ environment
 
 
 def prepare(files: list[str]) -> None:
@@ -226,11 +226,7 @@ def up_to_date(files: list[str]) -> bool:
         return False
     names = [name for file in files for name in requirements(file)]
     state = inspect(names)
-    if (
-        state is None
-        or state["python"] != stamp.get("python")
-        or any(name not in state["found"] for name in names)
-    ):
+    if state is None or state["python"] != stamp.get("python") or len(state["found"]) < len(names):
         return False
     put_on_path(Path(state["site"]))
     return True
@@ -243,9 +239,8 @@ def digest(file: str) -> str:
 
 def requirements(file: str) -> dict[str, str]:
     """The requirements of a file by distribution name: `{"torch": "torch>=2.6", ...}`."""
-    lines = (
-        line.partition("#")[0].strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines()
-    )
+    text = (ROOT / file).read_text(encoding="utf-8")
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
     return {re.match(r"[A-Za-z0-9._-]+", line).group(): line for line in lines if line}
 
 
@@ -268,10 +263,7 @@ print(json.dumps({"python": python, "site": sysconfig.get_paths()["purelib"], "f
 
 
 def inspect(names: list[str]) -> dict | None:
-    """What the environment's own Python says: its version, its site-packages, the versions of `names` it finds.
-
-    None if it does not run.
-    """
+    """What .venv's Python says: its version, its site-packages, the versions of `names`; None if broken."""
     try:
         answer = subprocess.run([venv_python(), "-I", "-c", INSPECT, *names], capture_output=True, text=True)
         return json.loads(answer.stdout)
@@ -309,7 +301,7 @@ def make_environment() -> None:
         if importlib.util.find_spec(module) is None:
             raise Stop(
                 f"this Python ({sys.executable}) lacks the module {module}, which makes environments. "
-                f"On Debian and Ubuntu: sudo apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv. "
+                f"On Debian and Ubuntu: sudo apt install python3.{sys.version_info.minor}-venv. "
                 "Elsewhere install Python from https://www.python.org/downloads/. Then run this again."
             )
     check_space((0.2, 0.1))
@@ -325,13 +317,14 @@ def install(files: list[str]) -> None:
     state = inspect(["torch"])
     site = Path(state["site"])
     remove_remains(site)
-    cuda = not sys.platform.startswith("linux") or has_nvidia_gpu()
+    linux = sys.platform.startswith("linux")
+    cuda = linux and has_nvidia_gpu()
     if "torch" in state["found"]:
         check_space(SPACE_WITHOUT_TORCH)
     else:
-        check_space(SPACE_FOR_CUDA if cuda and sys.platform.startswith("linux") else SPACE_FOR_CPU)
+        check_space(SPACE_FOR_CUDA if cuda else SPACE_FOR_CPU)
     say(f"Installing what the course needs ({' and '.join(files)}); the first time takes some minutes")
-    install_torch(cuda)
+    install_torch(cpu_build=linux and not cuda)
     arguments = [argument for file in files for argument in ("-r", str(ROOT / file))]
     code, errors = pip(*arguments)
     if code:
@@ -403,11 +396,11 @@ def try_lock(descriptor: int) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------------------ installation
+# ----------------------------------------------------------------------------------------------- installation
 
 
-def install_torch(cuda: bool) -> None:
-    """Install PyTorch where the ordinary choice would be a needless CUDA build; say in one line what was chosen."""
+def install_torch(cpu_build: bool) -> None:
+    """Install PyTorch where pip alone would take a needless CUDA build; say in one line what was chosen."""
     asked = os.environ.get("DSV2_TORCH", "")
     if asked:
         say(f"PyTorch: {asked}, as DSV2_TORCH asks")
@@ -415,7 +408,7 @@ def install_torch(cuda: bool) -> None:
         if code:
             raise Stop(explain(errors, f"DSV2_TORCH={asked!r} could not be installed"))
         return
-    if cuda:
+    if not cpu_build:
         say("PyTorch: the ordinary build for this system")
         return
     torch = requirements(TO_RUN)["torch"]
@@ -424,15 +417,15 @@ def install_torch(cuda: bool) -> None:
     code, _ = pip("--no-index", "--no-deps", torch, echo=False)
     if code == 0:
         found = inspect(["torch"])["found"]
-        say(
-            f"PyTorch: {found['torch']}, {'already there' if found == before else 'from a wheel on this machine'}"
-        )
+        source = "already there" if found == before else "from a wheel on this machine"
+        say(f"PyTorch: {found['torch']}, {source}")
         return
     say(f"PyTorch: no NVIDIA GPU here, so the CPU build from {TORCH_CPU_INDEX}")
-    code, errors = pip("--index-url", TORCH_CPU_INDEX, "--no-deps", "--retries", "1", torch, echo=False)
+    patience = ("--retries", "1", "--timeout", "15")
+    code, errors = pip("--index-url", TORCH_CPU_INDEX, "--no-deps", *patience, torch, echo=False)
     if code == 0:
         return
-    if not looks_like(errors, NOT_OFFERED + UNREACHABLE):
+    if not looks_like(errors, NOT_OFFERED):  # pip's last word when an index does not answer, too
         raise Stop(explain(errors, "PyTorch could not be installed"))
     say("PyTorch: that cannot be reached, so the ordinary build (with CUDA libraries, several GB)")
     check_space(SPACE_FOR_CUDA)
@@ -440,9 +433,8 @@ def install_torch(cuda: bool) -> None:
 
 def has_nvidia_gpu() -> bool:
     """True if an NVIDIA driver shows itself."""
-    return bool(shutil.which("nvidia-smi")) or any(
-        map(os.path.exists, ("/dev/nvidia0", "/proc/driver/nvidia"))
-    )
+    traces = (Path("/dev/nvidia0"), Path("/proc/driver/nvidia"))
+    return bool(shutil.which("nvidia-smi")) or any(trace.exists() for trace in traces)
 
 
 def check_space(needed: tuple[float, float]) -> None:
@@ -511,9 +503,9 @@ def environment_variables() -> dict[str, str]:
 
 
 UNREACHABLE = (
-    "NewConnectionError|Failed to establish a new connection|NameResolutionError|name resolution|getaddrinfo failed|"
-    "Network is unreachable|No route to host|ConnectTimeout|Read timed out|Connection refused|ProxyError|"
-    "RemoteDisconnected|Connection aborted|ConnectionResetError|"
+    "NewConnectionError|Failed to establish a new connection|NameResolutionError|name resolution|"
+    "getaddrinfo failed|Network is unreachable|No route to host|ConnectTimeout|Read timed out|"
+    "Connection refused|ProxyError|RemoteDisconnected|Connection aborted|ConnectionResetError|"
 )
 NOT_OFFERED = "No matching distribution found|403 Client Error|404 Client Error|"
 CERTIFICATE = "CERTIFICATE_VERIFY_FAILED|SSLError|SSLCertVerificationError|"
@@ -532,9 +524,7 @@ def explain(errors: str, what: str) -> str:
     if looks_like(errors, NO_SPACE):
         return f"{what}: the disk is full. Free some space, {again}"
     if looks_like(errors, CERTIFICATE):
-        return (
-            f"{what}: the package index's certificate is not trusted here (a proxy?). Set PIP_CERT, {again}"
-        )
+        return f"{what}: the package index's certificate is not trusted (a proxy?). Set PIP_CERT, {again}"
     if looks_like(errors, UNREACHABLE):
         return f"{what}: the package index cannot be reached. Check the network (and HTTPS_PROXY), {again}"
     if looks_like(errors, NO_WRITING):
@@ -542,14 +532,14 @@ def explain(errors: str, what: str) -> str:
     if looks_like(errors, NOT_OFFERED):
         bits = 64 if sys.maxsize > 2**32 else 32
         return (
-            f"{what}: a package is not offered for Python {sys.version.split()[0]} ({bits} bit) on this system. "
+            f"{what}: a package is not offered for Python {sys.version.split()[0]} ({bits} bit) here. "
             "Remove .venv and start the course with another Python, 64 bit, between 3.10 and 3.13."
         )
     last = [line.strip() for line in errors.strip().splitlines() if line.strip()][-1:]
     return f"{what}{': ' + last[0] if last else ''}. Run this again; if it fails again, remove {VENV} first."
 
 
-# ----------------------------------------------------------------------------------------------------------- running
+# ---------------------------------------------------------------------------------------------------- running
 
 
 def hand_over(arguments: list[str], folder: Path) -> int:
