@@ -22,8 +22,8 @@ LICENCE_NOTE = (
 class Document:
     """One text of one domain.
 
-    `split_key` decides between training and validation; documents that share it go to the same side. It defaults to
-    the text itself. `split` fixes the side where the text was generated for it.
+    `split_key` decides between training and validation; documents that share it go to the same side. It
+    defaults to the text itself. `split` fixes the side where the text was generated for it.
     """
 
     domain: str
@@ -90,9 +90,9 @@ class Corpus:
     def split(self) -> tuple[list[Document], list[Document]]:
         """Training and validation documents: by hash, about 2 % of each domain for validation.
 
-        Documents with the same text (white space aside) or the same `split_key` are always on the same side. The side
-        of a document does not depend on the others, except in small domains, where validation is filled up in order
-        of hash to a few kilobytes, at most a tenth of the domain.
+        Documents with the same text (white space aside) or the same `split_key` are always on the same side.
+        The side of a document does not depend on the others, except in small domains, where validation is
+        filled up in order of hash to a few kilobytes, at most a tenth of the domain.
         """
         train, validation = [], []
         for domain in self.domain_names:
@@ -183,10 +183,14 @@ def drop_duplicates(documents: Iterable[Document]) -> list[Document]:
 
 
 def cap(documents: list[Document], max_bytes: int, seed: int = 0) -> list[Document]:
-    """At most `max_bytes` of `documents`, chosen in an order given by their hash and `seed`, kept in their own order."""
+    """At most `max_bytes` of `documents`, chosen in an order given by their hash and `seed`, kept in their
+    own order.
+    """
     chosen: set[int] = set()
     size = 0
-    ranked = sorted(range(len(documents)), key=lambda place: _hash(f"{seed}\n{documents[place].content_hash}"))
+    ranked = sorted(
+        range(len(documents)), key=lambda place: _hash(f"{seed}\n{documents[place].content_hash}")
+    )
     for place in ranked:
         if size + documents[place].size <= max_bytes:
             chosen.add(place)

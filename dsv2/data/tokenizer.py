@@ -1,8 +1,8 @@
 """Tokenizers: bytes by default, a checkpoint's own tokenizer.json where there is one.
 
-Both kinds share one interface: `vocab_size`, `bos_id`, `eos_id`, `pad_id`, `special_tokens`, `encode`, `decode`,
-`decode_stream` and `describe`. A byte tokenizer needs no training, no file and no network, knows every language, and
-makes the loss per token a loss per byte.
+Both kinds share one interface: `vocab_size`, `bos_id`, `eos_id`, `pad_id`, `special_tokens`, `encode`,
+`decode`, `decode_stream` and `describe`. A byte tokenizer needs no training, no file and no network, knows
+every language, and makes the loss per token a loss per byte.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 class ByteTokenizer:
     """Ids 0 to 255 are the bytes of UTF-8; special tokens follow; 264 ids in all, a multiple of 8.
 
-    `<bos>` opens and `<eos>` closes a document; `<pad>` fills a batch; `<user>`, `<assistant>` and `<end>` mark the
-    turns of a conversation. The two ids after them are unused and decode to nothing.
+    `<bos>` opens and `<eos>` closes a document; `<pad>` fills a batch; `<user>`, `<assistant>` and `<end>`
+    mark the turns of a conversation. The two ids after them are unused and decode to nothing.
     """
 
     SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>", "<user>", "<assistant>", "<end>")
@@ -84,7 +84,9 @@ class ByteStream:
         return text if self._skip_special else text + self._tokenizer._special_names.get(token, "")
 
     def finish(self) -> str:
-        """What is left of an incomplete character, by the rule of `errors`; the stream can then be used again."""
+        """What is left of an incomplete character, by the rule of `errors`; the stream can then be used
+        again.
+        """
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text
@@ -93,8 +95,8 @@ class ByteStream:
 class HFTokenizer:
     """A Hugging Face `tokenizer.json` through the optional `tokenizers` package.
 
-    The ids of bos, eos and pad are read from `tokenizer_config.json` beside the file, else from the usual names; a
-    tokenizer without a pad token pads with eos.
+    The ids of bos, eos and pad are read from `tokenizer_config.json` beside the file, else from the usual
+    names; a tokenizer without a pad token pads with eos.
     """
 
     _USUAL_NAMES = {
@@ -197,8 +199,8 @@ class HFTokenizer:
 class HFStream:
     """Decodes ids one by one; text is held back while its last character is incomplete.
 
-    A token's text can depend on the one before it (a leading space, for instance), so that the text of the last
-    tokens is decoded with and without the new one and the difference is returned.
+    A token's text can depend on the one before it (a leading space, for instance), so that the text of the
+    last tokens is decoded with and without the new one and the difference is returned.
     """
 
     def __init__(self, tokenizer: HFTokenizer, errors: str, skip_special: bool) -> None:
@@ -222,7 +224,9 @@ class HFStream:
         return after[len(before) :]
 
     def finish(self) -> str:
-        """What is left of an incomplete character, by the rule of `errors`; the stream can then be used again."""
+        """What is left of an incomplete character, by the rule of `errors`; the stream can then be used
+        again.
+        """
         before = self._text(self._context, "replace")
         after = self._text(self._context + self._waiting, "replace")
         left = after[len(before) :]
