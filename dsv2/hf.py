@@ -1,0 +1,859 @@
+"""Checkpoints in Hugging Face's DeepSeek-V2 format: read, written, inspected. safetensors and JSON only.
+
+What the tensors are called (`i` a layer, `e` an expert; the paper's symbols are in `dsv2.__init__`):
+
+    on disk, model.layers.i.                here, layers.i.
+    input_layernorm.weight                  attention_norm.weight
+    self_attn.q_proj.weight                 attention.w_q.weight          (no q_lora_rank)
+    self_attn.q_a_proj.weight               attention.w_dq.weight         (with q_lora_rank)
+    self_attn.q_a_layernorm.weight          attention.q_norm.weight
+    self_attn.q_b_proj.weight               attention.w_uq.weight
+    self_attn.kv_a_proj_with_mqa.weight     attention.w_dkv.weight        rows: latent C, then rotary key R
+    self_attn.kv_a_layernorm.weight         attention.kv_norm.weight
+    self_attn.kv_b_proj.weight              attention.w_uk, attention.w_uv seen as (H, N + V, C): per head the
+                                                                          N rows of W^UK, then the V of W^UV
+    self_attn.o_proj.weight                 attention.w_o.weight
+    post_attention_layernorm.weight         ffn_norm.weight
+    mlp.gate_proj.weight, up_proj           ffn.w_gate_up.weight          gate's rows, then up's
+    mlp.down_proj.weight                    ffn.w_down.weight
+    mlp.gate.weight                         ffn.router.weight             row e: the centroid of expert e
+    mlp.experts.e.gate_proj.weight, up_proj ffn.experts.w_gate_up[e]      gate's rows, then up's
+    mlp.experts.e.down_proj.weight          ffn.experts.w_down[e]
+    mlp.experts.gate_up_proj, down_proj     ffn.experts.w_gate_up, w_down (fused form of the three above)
+    mlp.shared_experts.*                    ffn.shared.*                  as mlp.*
+
+    model.embed_tokens.weight, model.norm.weight, lm_head.weight  ->  embed.weight, norm.weight, head.weight
+
+The attention baselines (MHA, GQA, MQA) have no form there: their directories carry our own names.
+
+Source: github.com/deepseek-ai/DeepSeek-V2 and the checkpoints that transformers 4 and 5 write.
+"""
+
+# D hidden_size   H heads   C kv_lora_rank   R qk_rope_head_dim   N qk_nope_head_dim   V v_head_dim
+# E routed experts   I moe_intermediate_size
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from dsv2.config import DSV2Config
+from dsv2.model import DeepSeekV2
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+OWN_MODEL_TYPE = "dsv2"  # of directories with our own tensor names
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOAT_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS.values()}
+_SHORT_NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_LARGEST_JSON = 64 * 2**20  # bytes; the index of the 236B model has about 3 MB
+_REMAP_AFTER = 2**30  # bytes read from a mapped file before it is mapped anew, which frees its pages
+_QUIET_BELOW = 10**9  # bytes that load without a progress bar
+
+
+# ----------------------------------------------------------------------------------- names on disk and here
+
+
+@dataclass(frozen=True)
+class Part:
+    """`rows` of a stored tensor are `region` of our `parameter`; () is all of it."""
+
+    parameter: str
+    region: tuple[int | slice, ...] = ()
+    rows: tuple[int | slice, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor on disk: its shape there, the shape to see it in (None: the same), and where it belongs."""
+
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    view: tuple[int, ...] | None = None
+
+
+def checkpoint_layout(cfg: DSV2Config, fused_experts: bool = False) -> dict[str, Stored]:
+    """Every tensor of a checkpoint of `cfg`, by its name on disk, in the order it is written.
+
+    fused_experts: all experts of a layer in two tensors, as transformers 5 holds them in memory.
+    """
+    return dict(_layout(cfg, fused_experts))
+
+
+def hf_tensor_names(cfg: DSV2Config, fused_experts: bool = False) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of `cfg` has on disk (V2-Lite: 5,291; V2: 29,102)."""
+    return {name: stored.shape for name, stored in _layout(cfg, fused_experts)}
+
+
+def _layout(cfg: DSV2Config, fused_experts: bool) -> Iterator[tuple[str, Stored]]:
+    own, d = cfg.attention != "mla", cfg.hidden_size
+    trunk = "" if own else "model."
+    yield _whole(f"{trunk}{'embed' if own else 'embed_tokens'}.weight", "embed.weight", cfg.vocab_size, d)
+    for i in range(cfg.num_hidden_layers):
+        here, there = f"layers.{i}", f"{trunk}layers.{i}"
+        if own:
+            yield from _own_layer(cfg, i, here)
+            continue
+        yield _whole(f"{there}.input_layernorm.weight", f"{here}.attention_norm.weight", d)
+        yield from _attention(cfg, f"{there}.self_attn", f"{here}.attention")
+        yield _whole(f"{there}.post_attention_layernorm.weight", f"{here}.ffn_norm.weight", d)
+        if cfg.is_moe_layer(i):
+            yield from _experts(cfg, fused_experts, f"{there}.mlp", f"{here}.ffn")
+        else:
+            yield from _swiglu(f"{there}.mlp", f"{here}.ffn", d, cfg.intermediate_size)
+    yield _whole(f"{trunk}norm.weight", "norm.weight", d)
+    if not cfg.tie_word_embeddings:
+        yield _whole("head.weight" if own else "lm_head.weight", "head.weight", cfg.vocab_size, d)
+
+
+def _whole(name: str, parameter: str, *shape: int) -> tuple[str, Stored]:
+    return name, Stored(shape, (Part(parameter),))
+
+
+def _attention(cfg: DSV2Config, there: str, here: str) -> Iterator[tuple[str, Stored]]:
+    d, heads, latent = cfg.hidden_size, cfg.num_attention_heads, cfg.kv_lora_rank
+    nope, v = cfg.qk_nope_head_dim, cfg.v_head_dim
+    if cfg.q_lora_rank is None:
+        yield _whole(f"{there}.q_proj.weight", f"{here}.w_q.weight", heads * cfg.qk_head_dim, d)
+    else:
+        rank = cfg.q_lora_rank
+        yield _whole(f"{there}.q_a_proj.weight", f"{here}.w_dq.weight", rank, d)
+        yield _whole(f"{there}.q_a_layernorm.weight", f"{here}.q_norm.weight", rank)
+        yield _whole(f"{there}.q_b_proj.weight", f"{here}.w_uq.weight", heads * cfg.qk_head_dim, rank)
+    kv_rows = latent + cfg.qk_rope_head_dim
+    yield _whole(f"{there}.kv_a_proj_with_mqa.weight", f"{here}.w_dkv.weight", kv_rows, d)
+    yield _whole(f"{there}.kv_a_layernorm.weight", f"{here}.kv_norm.weight", latent)
+    yield (
+        f"{there}.kv_b_proj.weight",
+        Stored(
+            shape=(heads * (nope + v), latent),
+            view=(heads, nope + v, latent),
+            parts=(
+                Part(f"{here}.w_uk", rows=(slice(None), slice(nope))),
+                Part(f"{here}.w_uv", rows=(slice(None), slice(nope, None))),
+            ),
+        ),
+    )
+    yield _whole(f"{there}.o_proj.weight", f"{here}.w_o.weight", d, heads * v)
+
+
+def _swiglu(there: str, here: str, d: int, width: int) -> Iterator[tuple[str, Stored]]:
+    gate, up = slice(width), slice(width, None)
+    yield f"{there}.gate_proj.weight", Stored((width, d), (Part(f"{here}.w_gate_up.weight", (gate,)),))
+    yield f"{there}.up_proj.weight", Stored((width, d), (Part(f"{here}.w_gate_up.weight", (up,)),))
+    yield _whole(f"{there}.down_proj.weight", f"{here}.w_down.weight", d, width)
+
+
+def _experts(cfg: DSV2Config, fused: bool, there: str, here: str) -> Iterator[tuple[str, Stored]]:
+    d, experts, width = cfg.hidden_size, cfg.n_routed_experts, cfg.moe_intermediate_size
+    gate_up, down = f"{here}.experts.w_gate_up", f"{here}.experts.w_down"
+    yield _whole(f"{there}.gate.weight", f"{here}.router.weight", experts, d)
+    if fused:
+        yield _whole(f"{there}.experts.gate_up_proj", gate_up, experts, 2 * width, d)
+        yield _whole(f"{there}.experts.down_proj", down, experts, d, width)
+    for e in range(0 if fused else experts):
+        one = f"{there}.experts.{e}"
+        yield f"{one}.gate_proj.weight", Stored((width, d), (Part(gate_up, (e, slice(width))),))
+        yield f"{one}.up_proj.weight", Stored((width, d), (Part(gate_up, (e, slice(width, None))),))
+        yield f"{one}.down_proj.weight", Stored((d, width), (Part(down, (e,)),))
+    if cfg.n_shared_experts:
+        yield from _swiglu(f"{there}.shared_experts", f"{here}.shared", d, cfg.n_shared_experts * width)
+
+
+def _own_layer(cfg: DSV2Config, i: int, here: str) -> Iterator[tuple[str, Stored]]:
+    """A layer with one of the attention baselines: our own names on disk too."""
+    d, head_dim = cfg.hidden_size, cfg.baseline_head_dim
+    q_rows, kv_rows = cfg.num_attention_heads * head_dim, cfg.kv_heads * head_dim
+    shapes = {
+        "attention_norm.weight": (d,),
+        "attention.w_q.weight": (q_rows, d),
+        "attention.w_k.weight": (kv_rows, d),
+        "attention.w_v.weight": (kv_rows, d),
+        "attention.w_o.weight": (d, q_rows),
+        "ffn_norm.weight": (d,),
+    }
+    if not cfg.is_moe_layer(i):
+        shapes["ffn.w_gate_up.weight"] = (2 * cfg.intermediate_size, d)
+        shapes["ffn.w_down.weight"] = (d, cfg.intermediate_size)
+    else:
+        experts, width = cfg.n_routed_experts, cfg.moe_intermediate_size
+        shapes["ffn.router.weight"] = (experts, d)
+        shapes["ffn.experts.w_gate_up"] = (experts, 2 * width, d)
+        shapes["ffn.experts.w_down"] = (experts, d, width)
+        if cfg.n_shared_experts:
+            shapes["ffn.shared.w_gate_up.weight"] = (2 * cfg.n_shared_experts * width, d)
+            shapes["ffn.shared.w_down.weight"] = (d, cfg.n_shared_experts * width)
+    for name, shape in shapes.items():
+        yield _whole(f"{here}.{name}", f"{here}.{name}", *shape)
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory whose headers fit its configuration; no weight has been read yet.
+
+    files: the file of each tensor. dtypes: their types. dtype: what the checkpoint as a whole is held in.
+    tokenizer: the kind that config.json notes, or None.
+    """
+
+    directory: Path
+    cfg: DSV2Config
+    layout: dict[str, Stored]
+    files: dict[str, Path]
+    dtypes: dict[str, torch.dtype]
+    dtype: torch.dtype
+    tokenizer: str | None
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(stored.shape) for stored in self.layout.values())
+
+    def memory(self, dtype: torch.dtype | None = None) -> int:
+        """Bytes of the loaded model, without the one tensor that is on its way."""
+        return self.num_parameters * (dtype or self.dtype).itemsize
+
+    @property
+    def largest_tensor(self) -> int:
+        """Bytes of the largest tensor on disk."""
+        return max(math.prod(s.shape) * self.dtypes[name].itemsize for name, s in self.layout.items())
+
+
+def load_pretrained(
+    directory: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    check_finite: bool = True,
+) -> DeepSeekV2:
+    """The model of a Hugging Face DeepSeek-V2 directory, or of one `save_pretrained` wrote, in eval mode.
+
+    Reads one `model.safetensors` or the shards that `model.safetensors.index.json` names, with the experts
+    one by one or fused, and a config.json of transformers 4 or 5. Memory: the model and one tensor; at most
+    1 GiB of a file is mapped besides. dtype: of the weights; None: the checkpoint's. check_finite: refuse
+    weights that are NaN or infinite. `model.tokenizer` is the directory's, or None.
+
+    Raises FileNotFoundError for a missing file, ValueError for one that is broken, does not fit the
+    configuration, is a pickle, or does not fit into memory.
+    """
+    checkpoint = open_checkpoint(directory)
+    device, dtype = _usable_device(device), dtype or checkpoint.dtype
+    if dtype not in _FLOATS.values():
+        raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, _FLOATS.values()))}, or None")
+    _require_memory(checkpoint, device, dtype)
+    with torch.device("meta"):
+        model = DeepSeekV2(checkpoint.cfg)
+    model = model.to(dtype).to_empty(device=device)
+    if checkpoint.cfg.tie_word_embeddings:
+        model.head.weight = model.embed.weight  # leaving meta gave each its own
+    _read_weights(checkpoint, dict(model.named_parameters()), check_finite)
+    model.tokenizer = _tokenizer(checkpoint)
+    return model.eval()
+
+
+def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
+    """Read config.json and the headers, and check that they fit; raises as `load_pretrained` does."""
+    directory = _existing(Path(directory))
+    raw = _read_object(directory / "config.json")
+    note = raw.get("dsv2")
+    if raw.get("model_type") == OWN_MODEL_TYPE:
+        around = ("model_type", "architectures", "torch_dtype", "dtype", "dsv2")
+        cfg = DSV2Config.from_dict({name: value for name, value in raw.items() if name not in around})
+    else:
+        cfg = DSV2Config.from_hf(raw)
+    files = _tensor_files(directory)
+    headers = _headers(files)
+    fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in headers)
+    _require_plausible(directory, cfg, fused, len(headers))
+    layout = checkpoint_layout(cfg, fused)
+    _require_fit(directory, cfg, layout, headers)
+    dtypes = {name: _FLOATS[kind] for name, (_, kind) in headers.items() if kind in _FLOATS}
+    return Checkpoint(
+        directory=directory,
+        cfg=cfg,
+        layout=layout,
+        files=files,
+        dtypes=dtypes,
+        dtype=_checkpoint_dtype(directory, raw, {dtypes[name] for name in layout}),
+        tokenizer=note.get("tokenizer") if isinstance(note, dict) else None,
+    )
+
+
+def _read_weights(checkpoint: Checkpoint, parameters: dict[str, torch.nn.Parameter], check_finite: bool):
+    by_file: dict[Path, list[str]] = {}
+    for name in checkpoint.layout:
+        by_file.setdefault(checkpoint.files[name], []).append(name)
+    total = sum(
+        math.prod(s.shape) * checkpoint.dtypes[name].itemsize for name, s in checkpoint.layout.items()
+    )
+    bar = tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc=f"Loading {checkpoint.num_parameters / 1e9:.1f}B parameters",
+        disable=total < _QUIET_BELOW,
+    )
+    with bar, torch.no_grad():
+        for file, names in by_file.items():
+            for name, tensor in _tensors(file, names):
+                stored = checkpoint.layout[name]
+                size = tensor.nbytes
+                target = parameters[stored.parts[0].parameter]
+                tensor = tensor.to(target.dtype)  # before the check: a wide number may overflow a narrow type
+                if check_finite:
+                    _require_finite(file, name, tensor)
+                tensor = tensor.view(stored.view or stored.shape)
+                for part in stored.parts:
+                    parameters[part.parameter][part.region].copy_(tensor[part.rows])
+                bar.update(size)
+    _require_equal_head(checkpoint, parameters)
+
+
+def _tensors(file: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors of one file, one after another; every `_REMAP_AFTER` bytes its pages are freed."""
+    waiting = list(reversed(list(names)))
+    while waiting:
+        read = 0
+        with _opened(file) as opened:
+            while waiting and read < _REMAP_AFTER:
+                name = waiting.pop()
+                tensor = opened.get_tensor(name)
+                read += tensor.nbytes
+                yield name, tensor
+                del tensor
+
+
+def _require_finite(file: Path, name: str, tensor: Tensor) -> None:
+    # The extremes are NaN if anything is, and cost no copy of the tensor.
+    if tensor.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise ValueError(
+            f"{file}: {name} holds {bad} NaN or infinite values of {tensor.numel()} in {tensor.dtype}; "
+            "the checkpoint is damaged, or its type too narrow for the weights. "
+            "To look at it all the same: load_pretrained(..., check_finite=False)"
+        )
+
+
+def _require_equal_head(checkpoint: Checkpoint, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """A checkpoint with tied embeddings may store the head again, as long as it is the same matrix."""
+    name = "lm_head.weight"
+    if name in checkpoint.layout or name not in checkpoint.files:
+        return
+    embed = parameters["embed.weight"]
+    for _, head in _tensors(checkpoint.files[name], [name]):
+        if head.shape != embed.shape or not torch.equal(head.to(embed), embed.data):
+            raise ValueError(
+                f"{checkpoint.files[name]}: {name} differs from model.embed_tokens.weight, but config.json "
+                "says tie_word_embeddings=true; set it to false if the head has weights of its own"
+            )
+
+
+def _existing(directory: Path) -> Path:
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise ValueError(f"{directory} is a file; give the folder that holds config.json and the weights")
+    previous = _sibling(directory, "old")
+    if (previous / "config.json").is_file():
+        warnings.warn(
+            f"{directory} is missing: a save was cut short between two renames. Reading the checkpoint that "
+            f"it was about to replace, {previous}",
+            stacklevel=3,
+        )
+        return previous
+    raise FileNotFoundError(f"no folder {directory}; give one that holds config.json and {SINGLE}")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; ValueError naming the file for anything else."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}")
+    if path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; at most {_LARGEST_JSON} are read")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a JSON {type(fields).__name__}, not an object")
+    return fields
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    """The file of every tensor. One `model.safetensors` comes before an index, as in transformers."""
+    if (directory / SINGLE).is_file():
+        with _opened(directory / SINGLE) as opened:
+            return dict.fromkeys(opened.keys(), directory / SINGLE)
+    if (directory / INDEX).is_file():
+        return _indexed_files(directory)
+    pickles = sorted(
+        p.name
+        for p in directory.iterdir()
+        if re.search(r"\.(bin|pt|pth|pkl|pickle|ckpt)(\.index\.json)?$", p.name)
+    )
+    if pickles:
+        raise ValueError(f"{directory / pickles[0]} {_PICKLE}")
+    raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}; the weights must be safetensors")
+
+
+_PICKLE = (
+    "is a pickle: opening one runs whatever code its author put in, so it was not opened; dsv2 reads "
+    "safetensors only. If you trust where it comes from, convert it once with transformers: "
+    "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+)
+
+
+def _indexed_files(directory: Path) -> dict[str, Path]:
+    index = directory / INDEX
+    weight_map = _read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f'{index} needs a "weight_map", an object from tensor names to file names')
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not _is_plain_name(shard):
+            raise ValueError(
+                f"{index}: {name} is said to be in {shard!r}; shards must be files of the same folder, named "
+                "without a path"
+            )
+        if not shard.endswith(".safetensors"):
+            raise ValueError(f"{index}: {name} is said to be in {shard!r}, which {_PICKLE}")
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not (directory / shard).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{index} names {len(shards)} shards and {len(missing)} are missing: {_some(missing)}"
+        )
+    files: dict[str, Path] = {}
+    for shard in shards:
+        with _opened(directory / shard) as opened:
+            inside = set(opened.keys())
+        absent = [name for name, where in weight_map.items() if where == shard and name not in inside]
+        if absent:
+            raise ValueError(
+                f"{directory / shard} lacks {len(absent)} tensors that {INDEX} places there: {_some(absent)}"
+            )
+        # What no entry names is listed as extra later on; what another shard is named for is a stale copy.
+        files.update(
+            {name: directory / shard for name in sorted(inside) if weight_map.get(name, shard) == shard}
+        )
+    return files
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether `name` is a file name on every system, no path. (The file may be a link, as in hub caches.)"""
+    plain = PurePosixPath(name).name == name and PureWindowsPath(name).name == name
+    return plain and name not in ("", ".", "..") and "\0" not in name
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, mapped; a ValueError that names it if it is damaged or no such file."""
+    with open(file, "rb") as raw:
+        start = raw.read(8)
+    # A header's length, which opens a safetensors file, has zeros in its upper half.
+    is_pickle = start[:1] == b"\x80" and start[1:2] <= b"\x05" and start[4:] != bytes(4)
+    if is_pickle or start[:4] == b"PK\x03\x04":  # a bare pickle, or torch.save's archive of one
+        raise ValueError(f"{file} {_PICKLE}")
+    try:
+        opened = safe_open(str(file), framework="pt", device="cpu")
+    except Exception as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+    with opened as tensors:
+        yield tensors
+
+
+def _headers(files: dict[str, Path]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of every tensor."""
+    headers = {}
+    for file in dict.fromkeys(files.values()):
+        with _opened(file) as opened:
+            for name in (n for n, where in files.items() if where == file):
+                piece = opened.get_slice(name)
+                headers[name] = (tuple(piece.get_shape()), str(piece.get_dtype()))
+    return headers
+
+
+def _require_plausible(directory: Path, cfg: DSV2Config, fused: bool, found: int) -> None:
+    """Stop before listing what a config.json promises when that is far from what the files hold."""
+    limit = 100_000 + 100 * found
+    promised = cfg.num_hidden_layers
+    if promised <= limit and cfg.attention == "mla" and not fused:
+        promised += 3 * cfg.n_routed_experts * len(cfg.moe_layers)
+    if promised > limit:
+        raise ValueError(
+            f"{directory / 'config.json'} promises more than {promised} tensors (num_hidden_layers="
+            f"{cfg.num_hidden_layers}, n_routed_experts={cfg.n_routed_experts}); the files hold {found}"
+        )
+
+
+def _require_fit(
+    directory: Path,
+    cfg: DSV2Config,
+    layout: Mapping[str, Stored],
+    headers: Mapping[str, tuple[tuple[int, ...], str]],
+) -> None:
+    """One ValueError with everything that the configuration and the files disagree about."""
+    missing = [name for name in layout if name not in headers]
+    extra = [name for name in headers if name not in layout and not _is_harmless(name, cfg)]
+    both = [name for name in layout if name in headers]
+    misshapen = [
+        f"{name} is {headers[name][0]}, expected {layout[name].shape}"
+        for name in both
+        if headers[name][0] != layout[name].shape
+    ]
+    untyped = [f"{name} ({headers[name][1]})" for name in both if headers[name][1] not in _FLOATS]
+    problems = [
+        f"{len(names)} {what}: {_some(names)}"
+        for what, names in (
+            ("missing", missing),
+            ("extra", extra),
+            ("of another shape", misshapen),
+            (f"of a type that is not one of {', '.join(_FLOATS)}", untyped),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"the tensors in {directory} do not fit its config.json ({len(layout)} expected, {len(headers)} "
+            "found):\n" + "\n".join(f"  - {problem}" for problem in problems)
+        )
+
+
+def _is_harmless(name: str, cfg: DSV2Config) -> bool:
+    """Tensors that old exports carry and no model needs."""
+    if re.fullmatch(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", name):
+        return True  # computed from the configuration
+    if name == "lm_head.weight" and cfg.tie_word_embeddings:
+        return cfg.attention == "mla"  # compared with the embedding after loading
+    return (
+        not cfg.n_shared_experts and ".mlp.shared_experts." in name
+    )  # transformers stores them with no rows
+
+
+def _some(names: list[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f", … and {len(names) - most} more" if len(names) > most else "")
+
+
+def _checkpoint_dtype(directory: Path, raw: dict[str, Any], found: set[torch.dtype]) -> torch.dtype:
+    """What config.json says (`dtype`, in transformers 4 `torch_dtype`), else the widest of the tensors'."""
+    said = raw.get("dtype") or raw.get("torch_dtype")
+    if said is None or said == "auto":
+        widest = found.pop()
+        for dtype in found:
+            widest = torch.promote_types(widest, dtype)
+        return widest
+    if not isinstance(said, str) or said.removeprefix("torch.") not in _FLOAT_NAMES:
+        raise ValueError(
+            f"{directory / 'config.json'}: dtype={said!r} is not one of {', '.join(_FLOAT_NAMES)}"
+        )
+    return _FLOAT_NAMES[said.removeprefix("torch.")]
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Any:
+    try:
+        from dsv2.data import load_tokenizer
+
+        tokenizer = load_tokenizer(checkpoint.directory)
+    except ImportError as error:
+        warnings.warn(f"the model has no tokenizer: {error}", stacklevel=3)
+        return None
+    if (checkpoint.directory / "tokenizer.json").is_file():
+        return tokenizer
+    is_ours = checkpoint.tokenizer == "bytes" or checkpoint.cfg.vocab_size == tokenizer.vocab_size
+    return tokenizer if is_ours else None  # another vocabulary's ids would be read as bytes
+
+
+# -------------------------------------------------------------------------------------------------- memory
+
+
+def _usable_device(device: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={str(device)!r} cannot be used here: {error}") from None
+    return device
+
+
+def _require_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    needed = {device.type: checkpoint.memory(dtype)}
+    needed["cpu"] = needed.get("cpu", 0) + 2 * checkpoint.largest_tensor  # as stored, and converted
+    for where, size in needed.items():
+        free = torch.cuda.mem_get_info(device)[0] if where == "cuda" else available_memory()
+        if free is not None and size > free:
+            raise ValueError(
+                f"{checkpoint.directory} needs {_gigabytes(size)} on {where} ({checkpoint.num_parameters:,} "
+                f"parameters in {dtype}) and {_gigabytes(free)} are free; choose a smaller dtype "
+                "(dtype=torch.bfloat16), another device, or a machine with more memory"
+            )
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory that can still be taken: the system's, or this container's limit if lower.
+
+    None where the system does not say.
+    """
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # the first file holds "max" where there is no limit
+            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    if not found and sys.platform == "win32":
+        found.append(_windows_free_memory())
+    if not found:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # macOS knows the total only
+            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(found) if found else None
+
+
+def _windows_free_memory() -> int:
+    import ctypes
+
+    class MemoryStatus(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong)] + [
+            (name, ctypes.c_ulonglong)
+            for name in (
+                "total",
+                "free",
+                "total_page",
+                "free_page",
+                "total_virtual",
+                "free_virtual",
+                "extended",
+            )
+        ]
+
+    status = MemoryStatus(length=ctypes.sizeof(MemoryStatus))
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+    return status.free
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def save_pretrained(
+    model: DeepSeekV2,
+    directory: str | os.PathLike[str],
+    *,
+    max_shard_bytes: int = 5 * 2**30,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write `model` as a Hugging Face DeepSeek-V2 directory, which transformers loads, in the model's type.
+
+    The directory is complete or not there: everything is written beside it first, then put in its place. Of
+    a checkpoint that it replaces, other files (tokenizer, notes) are carried over. Models with an attention
+    baseline are written under our own names, for `load_pretrained` alone. transformers ignores
+    `norm_topk_prob` and `moe_layer_freq`. state_dict: write these tensors instead of the model's, for
+    instance those gathered from several processes.
+
+    Raises ValueError if the directory holds something else than a checkpoint.
+    """
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes={max_shard_bytes} must be at least 1")
+    target = Path(directory).resolve()
+    new, old = _sibling(target, "new"), _sibling(target, "old")
+    if not target.exists() and old.exists():
+        os.rename(old, target)  # a save was cut short between the two renames below
+    _require_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+    new.mkdir()
+    try:
+        tensors = dict(model.state_dict() if state_dict is None else state_dict)
+        _write_weights(model.cfg, tensors, new, max_shard_bytes)
+        _write_configs(model, new, tensors["embed.weight"].dtype)
+        _carry_over(target, new, model.tokenizer)
+        for path in (*new.rglob("*"), new):
+            _fsync(path)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(new, target)
+    except BaseException:
+        if not target.exists() and old.exists():
+            os.rename(old, target)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    _fsync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sibling(directory: Path, kind: str) -> Path:
+    directory = Path(os.path.abspath(directory))
+    return directory.with_name(f".{directory.name}.{kind}")
+
+
+_OURS = re.compile(
+    r"(model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|config\.json|generation_config\.json)"
+)
+
+
+def _require_replaceable(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file; a checkpoint is a folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise ValueError(
+            f"{target} is neither empty nor a checkpoint (it has no config.json), and would be replaced as a "
+            "whole; choose a folder of its own"
+        )
+
+
+def _write_weights(cfg: DSV2Config, tensors: Mapping[str, Tensor], new: Path, max_shard_bytes: int) -> None:
+    layout = checkpoint_layout(cfg)
+    absent = sorted({p.parameter for s in layout.values() for p in s.parts} - set(tensors))
+    if absent:
+        raise ValueError(f"state_dict lacks {len(absent)} parameters: {_some(absent)}")
+    sizes = {
+        name: math.prod(stored.shape) * tensors[stored.parts[0].parameter].element_size()
+        for name, stored in layout.items()
+    }
+    shards: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for name, size in sizes.items():
+        if shards[-1] and size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= size
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map.update(dict.fromkeys(names, file))
+        content = {name: _stored_tensor(layout[name], tensors) for name in names}
+        save_file(content, new / file, metadata={"format": "pt"})  # transformers asks for the format
+    if len(shards) > 1:
+        parameters = sum(math.prod(stored.shape) for stored in layout.values())
+        metadata = {"total_parameters": parameters, "total_size": sum(sizes.values())}
+        _write_json(new / INDEX, {"metadata": metadata, "weight_map": weight_map})
+
+
+@torch.no_grad()
+def _stored_tensor(stored: Stored, tensors: Mapping[str, Tensor]) -> Tensor:
+    """One tensor as it stands on disk: a copy of its own, whatever memory the parameters share."""
+    out = torch.empty(stored.view or stored.shape, dtype=tensors[stored.parts[0].parameter].dtype)
+    for part in stored.parts:
+        out[part.rows].copy_(tensors[part.parameter][part.region])
+    return out.view(stored.shape)
+
+
+def _write_configs(model: DeepSeekV2, new: Path, dtype: torch.dtype) -> None:
+    cfg = model.cfg
+    if cfg.attention == "mla":
+        fields = cfg.to_hf()
+    else:
+        fields = {"model_type": OWN_MODEL_TYPE, **cfg.to_dict(), "dsv2": {}}
+    fields["torch_dtype"] = str(dtype).removeprefix("torch.")
+    if model.tokenizer is not None:
+        fields["dsv2"] = {**fields["dsv2"], "tokenizer": model.tokenizer.describe()["kind"]}
+    _write_json(new / "config.json", fields)
+    ids = {name: getattr(cfg, name) for name in ("bos_token_id", "eos_token_id")}
+    ids = {name: value for name, value in ids.items() if value is not None}
+    if ids:
+        _write_json(new / "generation_config.json", {"_from_model_config": True, **ids})
+
+
+def _carry_over(target: Path, new: Path, tokenizer: Any) -> None:
+    """Bring along what is not the checkpoint itself, and the tokenizer's files."""
+    tokenizer_files = ("tokenizer.json", "tokenizer_config.json")
+    source = getattr(tokenizer, "path", None)  # of a tokenizer.json; bytes have none
+    for entry in target.iterdir() if target.is_dir() else ():
+        replaced = _OURS.fullmatch(entry.name) or (tokenizer is not None and entry.name in tokenizer_files)
+        if not replaced and entry.is_dir():
+            shutil.copytree(entry, new / entry.name, symlinks=True)
+        elif not replaced:
+            shutil.copy2(entry, new / entry.name, follow_symlinks=False)
+    for name in tokenizer_files if source is not None else ():
+        if Path(source).with_name(name).is_file():
+            shutil.copyfile(Path(source).with_name(name), new / name)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _fsync(path: Path) -> None:
+    """Make sure that a file, or the names in a folder, are on the disk. (Windows does it for files only.)"""
+    if path.is_symlink() or (path.is_dir() and os.name == "nt"):
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -------------------------------------------------------------------------------------------- command line
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m dsv2.hf DIR [--convert OUT --dtype bf16]`: describe a checkpoint, or write it anew."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dsv2.hf", description="Describe or convert a checkpoint."
+    )
+    parser.add_argument("directory", help="a Hugging Face DeepSeek-V2 directory")
+    parser.add_argument("--convert", metavar="OUT", help="write it to another directory")
+    parser.add_argument("--dtype", choices=sorted(_SHORT_NAMES), help="type of the written weights")
+    options = parser.parse_args(arguments)
+    try:
+        checkpoint = open_checkpoint(options.directory)
+        print(describe(checkpoint))
+        if options.convert:
+            model = load_pretrained(options.directory, dtype=_SHORT_NAMES.get(options.dtype))
+            save_pretrained(model, options.convert)
+            print(f"written to {options.convert} in {model.embed.weight.dtype}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    """What a checkpoint holds, in a few lines, from its headers alone."""
+    cfg, stored = checkpoint.cfg, checkpoint.dtypes
+    kinds = sorted({str(stored[name]).removeprefix("torch.") for name in checkpoint.layout})
+    moe = (
+        f"{len(cfg.moe_layers)} with {cfg.n_routed_experts} routed experts, {cfg.num_experts_per_tok} a token"
+    )
+    free = available_memory()
+    lines = {
+        "directory": checkpoint.directory,
+        "layers": f"{cfg.num_hidden_layers}, {moe}, {cfg.n_shared_experts} shared",
+        "attention": f"{cfg.attention}, {cfg.num_attention_heads} heads, hidden size {cfg.hidden_size}",
+        "parameters": f"{checkpoint.num_parameters:,}",
+        "tensors": f"{len(checkpoint.layout):,} in {len(set(checkpoint.files.values()))} file(s)",
+        "type": f"{', '.join(kinds)} on disk, {checkpoint.dtype} when loaded",
+        "memory": f"{_gigabytes(checkpoint.memory())} needed, "
+        + ("free memory unknown" if free is None else f"{_gigabytes(free)} free"),
+    }
+    return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
