@@ -29,8 +29,21 @@ The paper's symbols (arXiv 2405.04434) and the names in this package:
 from __future__ import annotations
 
 from dsv2.config import PRESETS, DSV2Config, YarnScaling
+from dsv2.generate import generate, stream
+from dsv2.hf import load_pretrained, save_pretrained
 from dsv2.model import DeepSeekV2, ModelOutput
 
 __version__ = "0.1.0"
 
-__all__ = ["PRESETS", "DSV2Config", "DeepSeekV2", "ModelOutput", "YarnScaling", "__version__"]
+__all__ = [
+    "PRESETS",
+    "DSV2Config",
+    "DeepSeekV2",
+    "ModelOutput",
+    "YarnScaling",
+    "__version__",
+    "generate",
+    "load_pretrained",
+    "save_pretrained",
+    "stream",
+]

@@ -93,12 +93,19 @@ class DeepSeekV2(nn.Module):
     ) -> ModelOutput:
         """Logits for the next token after each of `tokens`.
 
-        cache: the tokens follow what it holds, and are added to it. attention_mask: (batch, tokens), true at
-        real tokens; padding may stand on either side, takes no position and no room in the cache, and its
-        logits mean nothing. last_only: logits after each sequence's last real token alone. Raises ValueError
-        for a shape that does not fit, IndexError for an id outside the vocabulary.
+        cache: the tokens follow what it holds, and are added to it; no gradients are kept then.
+        attention_mask: (batch, tokens), true at real tokens; padding may stand on either side, takes no
+        position and no room in the cache, and its logits mean nothing. last_only: logits after each
+        sequence's last real token alone. Raises ValueError for a shape that does not fit, IndexError for an
+        id outside the vocabulary.
         """
         self._check(tokens, attention_mask, cache)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            return self._forward(tokens, cache, attention_mask, last_only)
+
+    def _forward(
+        self, tokens: Tensor, cache: Cache | None, attention_mask: Tensor | None, last_only: bool
+    ) -> ModelOutput:
         mask = None if attention_mask is None else attention_mask.bool()
         span = plan_span(*tokens.shape, tokens.device, cache, mask)
         span.cos, span.sin = self.rotary(span.positions)
@@ -127,7 +134,7 @@ class DeepSeekV2(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> LatentCache | KVCache:
-        """An empty cache for `batch` sequences of up to `max_tokens` tokens, where the model is, in its type."""
+        """An empty cache for `batch` sequences of up to `max_tokens` tokens, on the model's device."""
         weight = self.embed.weight
         return new_cache(self.cfg, batch, max_tokens, device or weight.device, dtype or weight.dtype)
 

@@ -29,7 +29,7 @@ def check_types_in_dsv2() -> None:
     packages = (ROOT / "dsv2").glob("*/__init__.py")
     parts = {file.stem for file in files} | {file.parent.name for file in packages}
     modules = [f"dsv2.{part}" for part in sorted(parts - UNCHECKED - {"__init__"})]
-    install_import_hook(modules, "beartype.beartype")
+    install_import_hook(modules, "typecheck.typechecked")
 
 
 check_types_in_dsv2()

@@ -208,7 +208,8 @@ class LatentCache(Cache):
         super().__init__(cfg.num_hidden_layers, batch, max_tokens, device)
         width = cfg.kv_lora_rank + cfg.qk_rope_head_dim
         self.entries = torch.zeros(self.layers, batch, max_tokens, width, device=device, dtype=dtype)
-        self.latent, self.k_rope = self.entries.split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], dim=-1)
+        self.latent = self.entries[..., : cfg.kv_lora_rank]
+        self.k_rope = self.entries[..., cfg.kv_lora_rank :]
 
     def append(
         self,
