@@ -324,6 +324,7 @@ def _read_weights(checkpoint: Checkpoint, parameters: dict[str, torch.nn.Paramet
                 for part in stored.parts:
                     parameters[part.parameter][part.region].copy_(tensor[part.rows])
                 bar.update(size)
+                del tensor  # or it would live on while the next one is read
     _require_equal_head(checkpoint, parameters)
 
 
