@@ -12,6 +12,7 @@ baselines.
 from dsv2.data.arithmetic import Problem, arithmetic_documents, arithmetic_problems
 from dsv2.data.corpus import find_corpus
 from dsv2.data.documents import Corpus, Document
+from dsv2.data.ngram import NGramModel, nats_per_byte, ngram_baselines
 from dsv2.data.packing import Batch, PackedDataError, PackedDataset, cache_directory, prepare
 from dsv2.data.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 
@@ -21,6 +22,7 @@ __all__ = [
     "Corpus",
     "Document",
     "HFTokenizer",
+    "NGramModel",
     "PackedDataError",
     "PackedDataset",
     "Problem",
@@ -30,5 +32,7 @@ __all__ = [
     "cache_directory",
     "find_corpus",
     "load_tokenizer",
+    "nats_per_byte",
+    "ngram_baselines",
     "prepare",
 ]

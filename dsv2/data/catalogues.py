@@ -93,15 +93,13 @@ def clean_message(message: str) -> list[str]:
     for paragraph in re.split(r"\n\s*\n", message.replace("\r", "")):
         if _FORMAT.search(paragraph):
             continue
-        paragraph = re.sub(r"(?<=\w)\(_\w\)|_(?=\w)|&(?=\w)", "", paragraph)  # keys of menus: "_Fichier"
+        paragraph = re.sub(r"\(_\w\)|(?<!\w)[_&](?=[^\W_])", "", paragraph)  # keys of menus: "_Fichier"
         paragraph = re.sub(r"\s+", " ", re.sub(r"</?\w[^<>]*>", "", paragraph)).strip()
-        letters = sum(character.isalpha() or character in " ,.'’" for character in paragraph)
+        letters = sum(character.isalpha() or character in " ,.'’()" for character in paragraph)
         words = [word for word in paragraph.split() if word.strip(".,;:!?()'\"«»").isalpha()]
-        if len(words) < 5 or len(paragraph) < 30 or letters < 0.92 * len(paragraph):
+        if len(words) < 4 or len(paragraph) < 25 or letters < 0.88 * len(paragraph):
             continue
-        if paragraph[0] in "-<[{|#" or re.search(
-            r"\s--?\w|[A-Z_]{6,}|[\\|=<>{}\[\]]|\w/\w|\w\.\w", paragraph
-        ):
+        if paragraph[0] in "-<[{|#.*=" or re.search(r"\s--?\w|[A-Z_]{10,}|[_\\|=<>{}\[\]]", paragraph):
             continue
         paragraph = paragraph[0].upper() + paragraph[1:]
         kept.append(paragraph if paragraph[-1] in ".!?:…" else paragraph + ".")

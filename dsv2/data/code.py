@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import string
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +49,7 @@ def read_source(path: Path) -> str | None:
     if not 100 <= len(raw) <= _MAX_FILE_BYTES or "\0" in text:
         return None
     lines = text.splitlines()
-    letters = sum(character.isascii() and character.isalpha() for character in text)
+    letters = len(raw) - len(raw.translate(None, string.ascii_letters.encode()))
     if len(text) / max(1, len(lines)) > 100 or letters < 0.4 * len(text) or not text.strip():
         return None
     return text.replace("\r\n", "\n").expandtabs(8).rstrip() + "\n"

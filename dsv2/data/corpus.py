@@ -72,9 +72,9 @@ def find_corpus(
                 _save(found, path)
         documents, notes = found.documents, dict(found.notes)
     if text_files:
-        documents = documents + cap(read_text_files(text_files), max_bytes_per_domain, seed)
+        own = cap(read_text_files(text_files), max_bytes_per_domain, seed)
+        documents = _balance(drop_duplicates(documents + own), seed)
         notes["text"] = f"{len(text_files)} file{'s' * (len(text_files) > 1)} of yours"
-    documents = _balance(drop_duplicates(documents), seed)
     return Corpus(sorted(documents, key=lambda document: domain_order(document.domain)), notes)
 
 
@@ -125,7 +125,7 @@ def _scan(wanted: list[str], max_bytes: int, seed: int, progress: bool) -> Corpu
             found = cap(drop_duplicates(found), max_bytes, seed)
             notes[name] = note
         documents += found
-    return Corpus(documents, notes)
+    return Corpus(_balance(drop_duplicates(documents), seed), notes)
 
 
 def _second_language(name: str, bar) -> tuple[list[Document], str, str]:
@@ -224,7 +224,8 @@ def _scan_key(wanted: list[str], max_bytes: int, seed: int) -> str:
     request.
     """
     here = Path(__file__).parent
-    code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(here.glob("*.py"))]
+    modules = ("arithmetic", "catalogues", "code", "corpus", "documents", "english")
+    code = [hashlib.sha256((here / f"{name}.py").read_bytes()).hexdigest() for name in modules]
     parts: list = [VERSION, wanted, max_bytes, seed, sys.version, str(standard_library()), code]
     if "english" in wanted:
         parts.append([(each.metadata["Name"], each.version) for each in required_distributions()])

@@ -13,8 +13,8 @@ VALIDATION_FRACTION = 0.02
 VALIDATION_MIN_BYTES = 16_384
 
 LICENCE_NOTE = (
-    "The texts are read where they are already installed on this machine and are not redistributed; each keeps the "
-    "licence of the package that it came with."
+    "The texts are read where they are already installed on this machine and are not redistributed; each keeps "
+    "the licence of the package that it came with."
 )
 
 
@@ -44,7 +44,7 @@ class Document:
 
     @property
     def split_position(self) -> float:
-        """Where the document falls in [0, 1); the lowest go to validation."""
+        """Its place in [0, 1) by hash; the lowest go to validation."""
         digest = _hash("split\n" + self.split_key) if self.split_key else self.content_hash
         return int(digest[:13], 16) / 16**13
 
@@ -88,19 +88,19 @@ class Corpus:
         return total.hexdigest()
 
     def split(self) -> tuple[list[Document], list[Document]]:
-        """Training and validation documents: by hash, about 2 % of each domain for validation.
+        """Training and validation documents: of each domain about 2 % of the bytes for validation, by hash.
 
         Documents with the same text (white space aside) or the same `split_key` are always on the same side.
-        The side of a document does not depend on the others, except in small domains, where validation is
-        filled up in order of hash to a few kilobytes, at most a tenth of the domain.
+        Within a domain those with the lowest hashes are kept out until there is enough: 2 %, at least 16 KiB,
+        at most a tenth of the domain.
         """
-        train, validation = [], []
+        sides: dict[float, str] = {}
         for domain in self.domain_names:
-            documents = [document for document in self.documents if document.domain == domain]
-            kept_out = _validation_keys(documents)
-            for document in documents:
-                side = document.split or ("validation" if document.split_position in kept_out else "train")
-                (validation if side == "validation" else train).append(document)
+            _choose_sides([document for document in self.documents if document.domain == domain], sides)
+        train, validation = [], []
+        for document in self.documents:
+            side = document.split or sides[document.split_position]
+            (validation if side == "validation" else train).append(document)
         return train, validation
 
     def table(self) -> list[dict]:
@@ -152,23 +152,22 @@ def domain_order(domain: str) -> tuple[int, str]:
     return (DOMAINS.index(domain) if domain in DOMAINS else len(DOMAINS)), domain
 
 
-def _validation_keys(documents: list[Document]) -> set[float]:
+def _choose_sides(documents: list[Document], sides: dict[float, str]) -> None:
+    """Add the side of each document of one domain to `sides`; what another domain decided stays."""
     groups: dict[float, int] = {}
     for document in documents:
         if not document.split:
             groups[document.split_position] = groups.get(document.split_position, 0) + document.size
     total = sum(groups.values())
-    wanted = min(VALIDATION_MIN_BYTES, total // 10)
-    kept_out: set[float] = set()
-    size = 0
-    for position in sorted(groups)[:-1]:  # training keeps at least one document
-        if position >= VALIDATION_FRACTION and size >= wanted:
-            break
-        if position >= VALIDATION_FRACTION and size + groups[position] > max(2 * wanted, total // 5):
-            continue  # one long document must not empty the training side of a small domain
-        kept_out.add(position)
-        size += groups[position]
-    return kept_out
+    wanted = max(VALIDATION_FRACTION * total, min(VALIDATION_MIN_BYTES, total / 10))
+    size = sum(groups[position] for position in groups if sides.get(position) == "validation")
+    open_positions = sorted(position for position in groups if position not in sides)
+    for place, position in enumerate(open_positions):
+        # A document too long for the room is passed over; training keeps at least the last one.
+        fits = size < wanted and size + groups[position] <= max(1.5 * wanted, size + VALIDATION_MIN_BYTES)
+        is_last = place == len(open_positions) - 1 and size + groups[position] >= total
+        sides[position] = "validation" if fits and not is_last else "train"
+        size += groups[position] if sides[position] == "validation" else 0
 
 
 def drop_duplicates(documents: Iterable[Document]) -> list[Document]:

@@ -20,12 +20,13 @@ from dsv2.data.documents import Document
 
 # What the course installs; what these require is followed from here.
 ROOT_DISTRIBUTIONS = (
-    "torch", "numpy", "matplotlib", "jupyterlab", "notebook", "ipywidgets", "ipykernel", "einops", "jaxtyping",
-    "safetensors", "tqdm", "triton", "tokenizers", "transformers", "pytest", "hypothesis", "nbval", "beartype",
+    "torch", "numpy", "matplotlib", "jupyterlab", "notebook", "ipywidgets", "ipykernel", "einops",
+    "jaxtyping", "safetensors", "tqdm", "triton", "tokenizers", "transformers", "pytest", "hypothesis", "nbval",
 )  # fmt: skip
 _FUNCTION_WORDS = set(
-    "the a an of to in and is are be or for that this it with as by if on from not when which can will at has have "
-    "you your we was were its any all no but may must should than then there these those into only also".split()
+    "the a an of to in and is are be or for that this it with as by if on from not when which can will at has "
+    "have you your we was were its any all no but may must should than then there these those into only "
+    "also".split()
 )
 
 
@@ -33,7 +34,7 @@ _FUNCTION_WORDS = set(
 
 
 def prose(text: str, keep: Callable[[str], bool] | None = None) -> list[str]:
-    """The paragraphs of `text` that read as English sentences, without reST or Markdown marks, one line each."""
+    """The paragraphs of `text` that read as English sentences, without marks of reST or Markdown."""
     keep = keep or reads_as_prose
     paragraphs = []
     for block in _blocks(text):
@@ -54,13 +55,17 @@ _ITEM = re.compile(r"^\s*([-*+•]|\d{1,2}[.)]|\(\w\)) +")
 _FIELD = re.compile(
     r"^\s*(:\w[^:]*:|[*`\w.,/ ]{1,50} ?: \S|[`*\w.]+ \(.*\) ?:|[`*\w.\[\]]+ ?: |[*\w]+(, \*?\w+)* :( |$))"
 )
+_SECTION = re.compile(
+    r"^\s*(Args|Arguments|Parameters|Params|Returns?|Raises|Yields|Examples?|Notes?|Attributes|Inputs?|Outputs?"
+    r"|Shapes?|Usage|Keyword arguments|References|See also|Warnings?|Variables|Todo|Keyword Args) ?:{0,2}\s*$",
+    re.IGNORECASE,
+)
+_REMARK = re.compile(r"^(FIXME|TODO|XXX|HACK|NB|noqa|type:|pylint)\b", re.IGNORECASE)
 _SENTENCE_START = re.compile(r"^\s*[A-Z][a-z]* [a-z]+ [a-z]+ ")
 
 
 def _blocks(text: str) -> Iterator[list[str]]:
-    """Runs of lines that belong to one paragraph; doctests, literal blocks, tables and field lists are left
-    out.
-    """
+    """Runs of lines that belong to one paragraph; doctests and literal blocks are left out."""
     block: list[str] = []
     block_indent = 0
     skipped_indent: int | None = None  # lines deeper than this belong to a literal block
@@ -96,6 +101,10 @@ def _blocks(text: str) -> Iterator[list[str]]:
         if _UNDERLINE.match(line):
             block = []  # a title is no sentence
             continue
+        if _SECTION.match(line):
+            yield block
+            block = []
+            continue
         if _PROSE_DIRECTIVE.match(line):
             yield block
             rest = _PROSE_DIRECTIVE.sub("", line)
@@ -112,10 +121,7 @@ def _blocks(text: str) -> Iterator[list[str]]:
             block = []
         if not block:
             block_indent = indent
-        if not starts_field:
-            block.append(_ITEM.sub("", line) if _ITEM.match(line) else line)
-        else:
-            block.append(line)
+        block.append(_ITEM.sub("", line))
     yield block
 
 
@@ -136,7 +142,8 @@ _MARKS: tuple[tuple[re.Pattern, str], ...] = tuple(
         (r"(?<![\w*])\*([^*\s][^*]*)\*(?![\w*])", r"\1"),
         (r"(?<!\w)_([^_\s][^_]*)_(?!\w)", r"\1"),
         (r"\s?\[[\w#]+\]_", ""),  # footnote
-        (r"\|([\w ]+)\|_?", r"\1"),
+        (r"(?<![\w|])\|([\w ]+)\|_?(?![\w|])", r"\1"),
+        (r",? ?\((by )?default(s to)?\b:? ?[^()]*\)", ""),
         (r"::$", ":"),
         (r"\\([*`_|\\ ])", r"\1"),
         (r"\s+", " "),
@@ -147,16 +154,20 @@ _MARKS: tuple[tuple[re.Pattern, str], ...] = tuple(
 def _plain(paragraph: str) -> str:
     for pattern, replacement in _MARKS:
         paragraph = pattern.sub(replacement, paragraph)
-    return paragraph.strip()
+    paragraph = paragraph.strip()
+    # What a colon announces (a list, an example) was left out, and so is its announcement.
+    return re.sub(r"(^|(?<=[.!?]) )[^.!?]*:$", "", paragraph)
 
 
 def reads_as_prose(paragraph: str) -> bool:
-    """Whether a paragraph is a sentence or more of English: by its ends, its letters and its function words."""
+    """Whether a paragraph is English sentences: by its ends, its letters and its function words."""
     if not 40 <= len(paragraph) <= 4000:
         return False
-    if not (paragraph[0].isupper() or paragraph[0] in "\"'(") or paragraph[-1] not in ".!?:)\"'":
+    if not (paragraph[0].isupper() or paragraph[0] in "\"'(") or paragraph[-1] not in ".!?)\"'":
         return False
     words = paragraph.split()
+    if _REMARK.match(paragraph):
+        return False
     if len(words) < 7 or max(map(len, words)) > 50:
         return False
     letters = sum(character.isalpha() or character == " " for character in paragraph)
@@ -180,13 +191,22 @@ def docstrings(source: str) -> list[str]:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            text = ast.get_docstring(node, clean=True)
-            if text:
-                found.append((getattr(node, "lineno", 0), text))
-    return [text for _, text in sorted(found, key=lambda entry: entry[0])]
+    found: list[str] = []
+    _collect_docstrings(tree, found)
+    return found
+
+
+def _collect_docstrings(node: ast.AST, found: list[str]) -> None:
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        text = ast.get_docstring(node, clean=True)
+        if text:
+            found.append(text)
+    # Statements only: definitions hide in no expression, and ast.walk would take as long as parsing.
+    for branch in ("body", "handlers", "orelse", "finalbody", "cases"):
+        statements = getattr(node, branch, ())
+        if isinstance(statements, list):
+            for statement in statements:
+                _collect_docstrings(statement, found)
 
 
 def comment_paragraphs(source: str) -> list[str]:
@@ -228,7 +248,7 @@ def required_distributions(roots: Iterable[str] = ROOT_DISTRIBUTIONS) -> list[me
 
 
 def distribution_files(distribution: metadata.Distribution) -> list[tuple[str, Path]]:
-    """(name within the distribution, path) of the files to read, sorted; tests and vendored copies left out."""
+    """(name within the distribution, path) of the files to read, sorted, without tests and copies."""
     listed = distribution.files
     if listed is not None:
         entries = [(str(entry).replace("\\", "/"), entry) for entry in listed]
@@ -238,7 +258,19 @@ def distribution_files(distribution: metadata.Distribution) -> list[tuple[str, P
     kept = []
     for name, path in sorted(files, key=lambda entry: entry[0]):
         parts = {part.lower() for part in Path(name).parts}
-        if parts & {"test", "tests", "testing", "_vendor", "vendor", "node_modules", "__pycache__", ".."}:
+        if parts & {
+            "test",
+            "tests",
+            "testing",
+            "_vendor",
+            "_vendored",
+            "vendor",
+            "thirdparty",
+            "third_party",
+            "node_modules",
+            "__pycache__",
+            "..",
+        }:
             continue
         if path.suffix.lower() in (".py", ".rst", ".md", ".txt") or _is_licence(path):
             kept.append((name, path))
@@ -246,7 +278,7 @@ def distribution_files(distribution: metadata.Distribution) -> list[tuple[str, P
 
 
 def _importable_files(distribution: metadata.Distribution) -> Iterator[tuple[str, Path]]:
-    """For distributions without a list of files: what their top-level packages hold, found without importing."""
+    """For a distribution without a list of files: what its top-level packages hold; none is imported."""
     tops = (distribution.read_text("top_level.txt") or distribution.metadata["Name"] or "").split()
     for top in tops:
         try:
@@ -286,7 +318,7 @@ def english_documents(
     library: Path | None = None,
     progress: Callable[[Iterable, str], Iterable] = lambda items, label: items,
 ) -> list[Document]:
-    """One document per topic of the language, module, readme and licence, of the paragraphs not met before."""
+    """One document per help topic, module, readme and licence, of the paragraphs not met before."""
     once = _Once()
     documents: list[Document] = []
 
@@ -304,19 +336,16 @@ def english_documents(
         if source is not None:
             # A module's prose goes where its code goes, or the one would be learnt from the other.
             add(path.relative_to(root).as_posix(), module_prose(source), source_key(source))
-    listed = [
-        (distribution, name, path)
-        for distribution in required_distributions(roots)
-        for name, path in distribution_files(distribution)
-    ]
-    for distribution, name, path in progress(listed, "docstrings and documents of packages"):
+    distributions = required_distributions(roots)
+    listed = [entry for distribution in distributions for entry in distribution_files(distribution)]
+    for name, path in progress(listed, "docstrings and documents of packages"):
         if path.suffix == ".py":
             source = read_source(path)
             if source is not None:
                 add(name, module_prose(source))
         elif (text := _read(path)) is not None:
             add(name, prose(text))
-    for distribution in required_distributions(roots):
+    for distribution in distributions:
         try:
             description = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
             body = email.message_from_string(description).get_payload()

@@ -41,7 +41,7 @@ class PackedDataError(ValueError):
 
 
 def cache_directory() -> Path:
-    """Where prepared data lives: $DSV2_CACHE, else this user's cache directory; never inside the repository."""
+    """Where prepared data lives: $DSV2_CACHE, else this user's cache; never inside the repository."""
     if os.environ.get("DSV2_CACHE"):
         return Path(os.environ["DSV2_CACHE"]).expanduser()
     if sys.platform == "win32" and os.environ.get("LOCALAPPDATA"):
@@ -162,8 +162,8 @@ class PackedDataset:
         count = (self.n_tokens - 1) // seq_len
         if count < 1:
             raise ValueError(
-                f"the {self.split} split has {self.n_tokens} tokens, too few for one window of seq_len={seq_len} "
-                "targets; use a smaller seq_len or more text"
+                f"the {self.split} split has {self.n_tokens} tokens, too few for a window of "
+                f"seq_len={seq_len} targets; use a smaller seq_len or more text"
             )
         return count
 

@@ -38,7 +38,7 @@ class ByteTokenizer:
     def encode(
         self, text: str, bos: bool = False, eos: bool = False, allow_special: bool = False
     ) -> list[int]:
-        """The ids of `text`. A special token written out in `text` is ordinary text unless `allow_special`."""
+        """The ids of `text`. A special token spelt out in it is ordinary text unless `allow_special`."""
         ids = [self.bos_id] if bos else []
         pieces = self._special_pattern.split(text) if allow_special else [text]
         for piece in pieces:
@@ -56,7 +56,7 @@ class ByteTokenizer:
         return "".join(map(stream.push, _integers(ids))) + stream.finish()
 
     def decode_stream(self, errors: str = "replace", skip_special: bool = True) -> ByteStream:
-        """An incremental decoder: `push(id)` returns the text completed by that id, `finish()` what is left."""
+        """An incremental decoder: `push(id)` returns the text that id completes, `finish()` the rest."""
         return ByteStream(self, errors, skip_special)
 
     def describe(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class HFTokenizer:
             import tokenizers
         except ImportError:
             raise ImportError(
-                f"{self.path} needs the optional package `tokenizers`; install it with: pip install tokenizers"
+                f"{self.path} needs the optional package `tokenizers`: pip install tokenizers"
             ) from None
         source = self.path.read_bytes()
         try:
@@ -168,7 +168,7 @@ class HFTokenizer:
     def encode(
         self, text: str, bos: bool = False, eos: bool = False, allow_special: bool = False
     ) -> list[int]:
-        """The ids of `text`. A special token written out in `text` is ordinary text unless `allow_special`."""
+        """The ids of `text`. A special token spelt out in it is ordinary text unless `allow_special`."""
         self._tokenizer.encode_special_tokens = not allow_special
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
@@ -188,7 +188,7 @@ class HFTokenizer:
         return text
 
     def decode_stream(self, errors: str = "replace", skip_special: bool = True) -> HFStream:
-        """An incremental decoder: `push(id)` returns the text completed by that id, `finish()` what is left."""
+        """An incremental decoder: `push(id)` returns the text that id completes, `finish()` the rest."""
         return HFStream(self, errors, skip_special)
 
     def describe(self) -> dict[str, Any]:
