@@ -157,6 +157,14 @@ class Cache(ABC):
         self.longest = 0
         self.equal_lengths = True
 
+    def truncate(self, tokens: int) -> None:
+        """Keep at most the first `tokens` tokens of every sequence."""
+        if tokens < 0:
+            raise ValueError(f"tokens={tokens} must not be negative")
+        self.lengths.clamp_(max=tokens)
+        self.longest = min(self.longest, tokens)
+        self.equal_lengths = self.equal_lengths or bool((self.lengths == self.longest).all())
+
     def _put(self, store: Tensor, new: Tensor, span: Span) -> Tensor:
         """Write (batch, tokens, ...) into one layer's (batch, max_tokens, ...); returns the filled part."""
         if span.start is not None:

@@ -1,0 +1,31 @@
+"""`python -m dsv2.bench NAME`: run one of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+BENCHMARKS = {
+    "model": "training, prefill and decoding of a whole model against transformers",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    width = max(len(name) for name in BENCHMARKS)
+    parser = argparse.ArgumentParser(
+        prog="python -m dsv2.bench",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Measure this package against its peers.",
+        epilog="benchmarks:\n" + "\n".join(f"  {name:{width}}  {what}" for name, what in BENCHMARKS.items()),
+    )
+    parser.add_argument(
+        "name", choices=BENCHMARKS, metavar="NAME", help="which benchmark; its own --help says more"
+    )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(arguments[:1] or ["--help"])
+    return importlib.import_module(f"dsv2.bench.{options.name}").main(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

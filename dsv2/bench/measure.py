@@ -1,0 +1,89 @@
+"""Timing in pairs, and what must be written beside every figure: device, versions, date, command."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Seconds of two ways to do the same work, run one after the other, `repeats` times."""
+
+    ours: tuple[float, ...]
+    peer: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster ours is: the median over pairs, so that a slow moment strikes both sides."""
+        return statistics.median(peer / ours for ours, peer in zip(self.ours, self.peer))
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The smallest and the largest ratio seen."""
+        ratios = [peer / ours for ours, peer in zip(self.ours, self.peer)]
+        return min(ratios), max(ratios)
+
+
+def time_pairs(ours: Callable[[], object], peer: Callable[[], object], repeats: int) -> Pair:
+    """Run both once to warm up, then alternately, `repeats` times each; the order swaps from pair to pair."""
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats} must be at least 1")
+    ours(), peer()
+    times: dict[Callable, list[float]] = {ours: [], peer: []}
+    for number in range(repeats):
+        for work in (ours, peer) if number % 2 == 0 else (peer, ours):
+            times[work].append(seconds(work))
+    return Pair(tuple(times[ours]), tuple(times[peer]))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall-clock time of one call, device work included."""
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def provenance(*packages: str) -> dict[str, object]:
+    """Where a figure comes from: command, date, device, versions of Python, torch and `packages`."""
+    return {
+        "command": " ".join(["python -m dsv2.bench", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
+    }
+
+
+def device_name() -> str:
+    """The GPU's name, or the class of the processor and how many threads torch uses."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
+        ]
+        model = names[0] if names else model
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{model} ({capability}), {torch.get_num_threads()} threads"
