@@ -274,11 +274,14 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     directory = _existing(Path(directory))
     raw = _read_object(directory / "config.json")
     note = raw.get("dsv2")
-    if raw.get("model_type") == OWN_MODEL_TYPE:
-        around = ("model_type", "architectures", "torch_dtype", "dtype", "dsv2")
-        cfg = DSV2Config.from_dict({name: value for name, value in raw.items() if name not in around})
-    else:
-        cfg = DSV2Config.from_hf(raw)
+    try:
+        if raw.get("model_type") == OWN_MODEL_TYPE:
+            around = ("model_type", "architectures", "torch_dtype", "dtype", "dsv2")
+            cfg = DSV2Config.from_dict({name: value for name, value in raw.items() if name not in around})
+        else:
+            cfg = DSV2Config.from_hf(raw)
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'}: {error}") from None
     files = _tensor_files(directory)
     headers = _headers(files)
     fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in headers)
