@@ -353,8 +353,8 @@ def test_multiply_adds_of_deepseek_v2():
 
 
 def test_decode_forms_of_deepseek_v2_at_4096_tokens():
-    """Absorbed attention takes 3.4 times the work that cached keys and values would; recovering keys and values
-    in every step takes the whole model's decoding step more than 70 times over."""
+    """Absorbed attention takes 3.4 times the work that cached keys and values would; recovering those in
+    every step multiplies the work of the whole model's decoding step by more than 70."""
     full = DSV2Config.preset("full")
     work = {form: accounting.decode_flops(full, 4095, form) for form in accounting.FORMS}
     for form in ("cached", "absorbed"):  # two FLOPs for each activated parameter that is multiplied by
@@ -397,7 +397,7 @@ def test_distinct_experts_by_enumeration():
 
 
 def test_device_limit_leaves_the_expected_number_as_it_is():
-    """160 experts on 8 devices, 6 from a random 3 of them, simulated: the mean of 400 batches is good to 0.3."""
+    """160 experts on 8 devices, 6 from a random 3 of them, simulated; the mean of 400 is good to 0.5."""
     cfg, draw = DSV2Config.preset("full"), random.Random(0)
 
     def token() -> list[int]:
