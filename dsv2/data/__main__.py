@@ -19,9 +19,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     options = argparse.ArgumentParser(
         prog="python -m dsv2.data",
-        description="Find the training text of this machine, write it as tokens, and print what it holds: sizes "
-        "by domain, a sample of each, and the loss of n-gram models as the measure for a trained model. "
-        "Nothing is downloaded.",
+        description="Find the training text of this machine, write it as tokens, and print what it holds: "
+        "sizes by domain, a sample of each, and the loss of n-gram models as the measure for a trained "
+        "model. Nothing is downloaded.",
     )
     options.add_argument(
         "--text", nargs="+", default=[], metavar="FILE", help="your own UTF-8 text files, too"

@@ -1,6 +1,4 @@
-"""Finding a corpus on this machine: which domains there are, how much of each, and the cache of what was
-found.
-"""
+"""Finding a corpus on this machine: which domains, how much of each, and the cache of what was found."""
 
 from __future__ import annotations
 
@@ -100,7 +98,7 @@ def _wanted(domains: Sequence[str] | None, has_text: bool) -> list[str]:
 
 def _scan(wanted: list[str], max_bytes: int, seed: int, progress: bool) -> Corpus:
     def bar(items: Iterable, label: str) -> Iterable:
-        return tqdm(items, desc=label, leave=False, delay=1, disable=not progress)
+        return tqdm(items, desc=label, leave=False, delay=1, mininterval=0.5, disable=not progress)
 
     documents: list[Document] = []
     notes: dict[str, str] = {}

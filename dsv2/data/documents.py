@@ -13,8 +13,8 @@ VALIDATION_FRACTION = 0.02
 VALIDATION_MIN_BYTES = 16_384
 
 LICENCE_NOTE = (
-    "The texts are read where they are already installed on this machine and are not redistributed; each keeps "
-    "the licence of the package that it came with."
+    "The texts are read where they are already installed on this machine and are not redistributed; each "
+    "keeps the licence of the package that it came with."
 )
 
 

@@ -11,6 +11,7 @@ import email
 import hashlib
 import re
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata, util
 from pathlib import Path
@@ -21,11 +22,12 @@ from dsv2.data.documents import Document
 # What the course installs; what these require is followed from here.
 ROOT_DISTRIBUTIONS = (
     "torch", "numpy", "matplotlib", "jupyterlab", "notebook", "ipywidgets", "ipykernel", "einops",
-    "jaxtyping", "safetensors", "tqdm", "triton", "tokenizers", "transformers", "pytest", "hypothesis", "nbval",
+    "jaxtyping", "safetensors", "tqdm", "triton", "tokenizers", "transformers", "pytest",
+    "hypothesis", "nbval",
 )  # fmt: skip
 _FUNCTION_WORDS = set(
-    "the a an of to in and is are be or for that this it with as by if on from not when which can will at has "
-    "have you your we was were its any all no but may must should than then there these those into only "
+    "the a an of to in and is are be or for that this it with as by if on from not when which can will at "
+    "has have you your we was were its any all no but may must should than then there these those into only "
     "also".split()
 )
 
@@ -56,8 +58,8 @@ _FIELD = re.compile(
     r"^\s*(:\w[^:]*:|[*`\w.,/ ]{1,50} ?: \S|[`*\w.]+ \(.*\) ?:|[`*\w.\[\]]+ ?: |[*\w]+(, \*?\w+)* :( |$))"
 )
 _SECTION = re.compile(
-    r"^\s*(Args|Arguments|Parameters|Params|Returns?|Raises|Yields|Examples?|Notes?|Attributes|Inputs?|Outputs?"
-    r"|Shapes?|Usage|Keyword arguments|References|See also|Warnings?|Variables|Todo|Keyword Args) ?:{0,2}\s*$",
+    r"^\s*(Args|Arguments|Parameters|Params|Returns?|Raises|Yields|Examples?|Notes?|Attributes|Inputs?"
+    r"|Outputs?|Shapes?|Usage|Keyword arguments|References|See also|Warnings?|Variables|Todo) ?:{0,2}\s*$",
     re.IGNORECASE,
 )
 _REMARK = re.compile(r"^(FIXME|TODO|XXX|HACK|NB|noqa|type:|pylint)\b", re.IGNORECASE)
@@ -188,7 +190,9 @@ def reads_as_prose(paragraph: str) -> bool:
 def docstrings(source: str) -> list[str]:
     """The docstrings of a module and of everything defined in it, in order; none where it does not parse."""
     try:
-        tree = ast.parse(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the parser, about escapes in other people's code
+            tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
     found: list[str] = []

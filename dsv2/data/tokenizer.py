@@ -10,10 +10,11 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 
 class ByteTokenizer:
@@ -50,7 +51,7 @@ class ByteTokenizer:
             ids.append(self.eos_id)
         return ids
 
-    def decode(self, ids: Iterable[int], errors: str = "replace", skip_special: bool = True) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], errors: str = "replace", skip_special: bool = True) -> str:
         """The text of `ids`. Incomplete or invalid UTF-8 follows `errors`, as in `bytes.decode`."""
         stream = self.decode_stream(errors=errors, skip_special=skip_special)
         return "".join(map(stream.push, _integers(ids))) + stream.finish()
@@ -72,9 +73,9 @@ class ByteStream:
         self._skip_special = skip_special
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
 
-    def push(self, token: int) -> str:
+    def push(self, token: SupportsIndex) -> str:
         """The text that `token` completes, often empty inside a multi-byte character."""
-        token = int(token)
+        token = operator.index(token)
         if 0 <= token < 256:
             return self._decoder.decode(bytes((token,)))
         if not 0 <= token < self._tokenizer.vocab_size:
@@ -173,7 +174,7 @@ class HFTokenizer:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
-    def decode(self, ids: Iterable[int], errors: str = "replace", skip_special: bool = True) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], errors: str = "replace", skip_special: bool = True) -> str:
         """The text of `ids`; with errors="strict" a ValueError where the bytes are not whole characters."""
         numbers = _integers(ids)
         for number in numbers:
@@ -213,9 +214,9 @@ class HFStream:
     def _text(self, ids: Sequence[int], errors: str) -> str:
         return self._tokenizer.decode(ids, errors, self._skip_special)
 
-    def push(self, token: int) -> str:
+    def push(self, token: SupportsIndex) -> str:
         """The text that `token` completes, often empty inside a character of several tokens."""
-        self._waiting.append(int(token))
+        self._waiting.append(operator.index(token))
         before = self._text(self._context, "replace")
         after = self._text(self._context + self._waiting, "replace")
         if len(after) <= len(before) or after.endswith("\ufffd"):
@@ -258,5 +259,5 @@ def _utf8(text: str) -> bytes:
         ) from None
 
 
-def _integers(ids: Iterable[int]) -> list[int]:
-    return ids.tolist() if hasattr(ids, "tolist") else [int(number) for number in ids]
+def _integers(ids: Iterable[SupportsIndex]) -> list[int]:
+    return ids.tolist() if hasattr(ids, "tolist") else [operator.index(number) for number in ids]
