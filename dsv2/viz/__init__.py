@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dsv2.viz.diagrams import chapters_here, course_map, model_diagram
 from dsv2.viz.plots import (
+    benchmark_bars,
     cache_bars,
     cache_bytes_per_token,
     cache_growth,
@@ -12,6 +14,7 @@ from dsv2.viz.plots import (
     human_bytes,
     join_routings,
     last_token,
+    training_curves,
     visible,
 )
 from dsv2.viz.style import describe, png, save
@@ -20,9 +23,12 @@ from dsv2.viz.widgets import Explorer, LiveGeneration, live_generation, routing_
 __all__ = [
     "Explorer",
     "LiveGeneration",
+    "benchmark_bars",
     "cache_bars",
     "cache_bytes_per_token",
     "cache_growth",
+    "chapters_here",
+    "course_map",
     "describe",
     "expert_heatmap",
     "expert_lights",
@@ -31,8 +37,10 @@ __all__ = [
     "join_routings",
     "last_token",
     "live_generation",
+    "model_diagram",
     "png",
     "routing_browser",
     "save",
+    "training_curves",
     "visible",
 ]

@@ -9,7 +9,9 @@ returns, `dsv2.viz.save` writes it, `dsv2.viz.describe` puts it into words.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from dsv2.accounting import attention_twin, kv_bytes_per_token
 from dsv2.config import DSV2Config
 from dsv2.moe.routing import Routing
 from dsv2.viz import style
@@ -48,16 +51,12 @@ def _unit(n: float | int) -> int:
     return power
 
 
-def cache_bytes_per_token(cfg: DSV2Config, bytes_per_element: float | int = 2) -> dict[str, float]:
+def cache_bytes_per_token(cfg: DSV2Config, dtype: Any = "bfloat16") -> dict[str, float]:
     """What this model keeps of a token with MLA, and what it would keep with MHA, all layers (table 1).
 
-    MHA: 2 n_h d_h l elements; MLA: (d_c + d_h^R) l. DeepSeek-V2, section 2.1.4.
+    dtype: of the cache, as in `dsv2.accounting.kv_bytes_per_token`. DeepSeek-V2, section 2.1.4.
     """
-    layers = cfg.num_hidden_layers
-    return {
-        "MHA": 2.0 * cfg.num_attention_heads * cfg.baseline_head_dim * layers * bytes_per_element,
-        "MLA": float((cfg.kv_lora_rank + cfg.qk_rope_head_dim) * layers * bytes_per_element),
-    }
+    return {name.upper(): kv_bytes_per_token(attention_twin(cfg, name), dtype) for name in ("mha", "mla")}
 
 
 def cache_growth(
@@ -542,3 +541,212 @@ def _weight_bar(ax: Axes, norm: Normalize) -> None:
     bar.locator = MaxNLocator(4)
     bar.update_ticks()
     bar.set_label("weight", fontsize=SMALL, color=INK)
+
+
+# ----------------------------------------------------------------------------------------------- training
+
+
+def training_curves(
+    metrics: str | Path | Sequence[Mapping[str, Any]],
+    baselines: Mapping[str, float | int] | None = None,
+    *,
+    smooth: int | None = None,
+) -> Figure:
+    """Loss, and the load imbalance of the experts, over the steps of a training run.
+
+    metrics: a file of JSON lines, or their content: each with `step` and any of `loss`, `val_loss` (nats per
+    byte), `lr` and `imbalance` (the busiest expert over the average). baselines: validation losses of other
+    models by name, such as {"3-gram": 1.9}, drawn as lines across. smooth: steps over which the training loss
+    is averaged, a running mean; None: a fiftieth of the run. Steps where the learning rate falls are marked.
+    """
+    rows = _read_lines(metrics) if isinstance(metrics, (str, Path)) else list(metrics)
+    series = {name: _series(rows, name) for name in ("loss", "val_loss", "lr", "imbalance")}
+    if not series["loss"][0].size and not series["val_loss"][0].size:
+        raise ValueError("metrics holds no row with `step` and `loss` or `val_loss`")
+    has_imbalance = series["imbalance"][0].size > 0
+    figure = new_figure(9.5, 6.6 if has_imbalance else 4.8)
+    ratios = [2.6, 1] if has_imbalance else [1]
+    panels = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+    style.margins(figure, left=1.0, right=2.1, bottom=0.8, top=0.35, hspace=0.18)
+    for panel in panels:
+        style.style_axes(panel)
+    top = panels[0]
+    ends = []  # (height, text, colour) of what is written at the right-hand side
+    said = []
+    steps, loss = series["loss"]
+    if steps.size:
+        mean = _running_mean(loss, smooth or max(1, len(loss) // 50))
+        top.plot(steps, loss, color=style.tint(style.SKY, 0.35), linewidth=1.0, gid="training, each step")
+        top.plot(steps, mean, color=style.SKY, linewidth=LINE, label="training")
+        ends.append((mean[-1], f"training {mean[-1]:.3f}", style.SKY))
+    if series["val_loss"][0].size:
+        at, value = series["val_loss"]
+        top.plot(at, value, "o-", color=style.VERMILLION, linewidth=LINE, markersize=6, label="validation")
+        ends.append((value[-1], f"validation {value[-1]:.3f}", style.VERMILLION))
+        said.append(f"validation ends at {value[-1]:.3f}")
+    for name, value in (baselines or {}).items():
+        top.axhline(value, color=style.GREY, linewidth=2.5, linestyle=(0, (5, 2)), label=name)
+        ends.append((float(value), f"{name} {value:.3f}", style.GREY))
+        said.append(f"{name} {value:.3f}")
+    heights = [height for height, _, _ in ends]
+    # The first steps fall from ln(vocabulary); they would squeeze everything else into the floor.
+    settled = [*series["val_loss"][1][1:], *loss[steps > 0.03 * steps.max(initial=0)], *heights]
+    low, high = min(settled), float(np.quantile(settled, 0.97))
+    high = max(high, *heights)
+    top.set_ylim(max(0.0, low - 0.12 * (high - low) - 0.02), high + 0.08 * (high - low) + 0.02)
+    floor, ceiling = top.get_ylim()
+    last = max(at[-1] for at, _ in series.values() if at.size)
+    top.set_xlim(0, max(float(last), 1.0))
+    for place, (_, text, colour) in zip(_spread(heights, (ceiling - floor) * _line_height(top)), ends):
+        top.annotate(
+            text,
+            (1, place),
+            xycoords=("axes fraction", "data"),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=SMALL,
+            fontweight="bold",
+            color=style.ink(colour),
+            annotation_clip=False,
+        )
+    label(top, y="loss (nats per byte)")
+    for step, factor in _learning_rate_drops(*series["lr"]):
+        for panel in panels:
+            panel.axvline(step, color=style.PURPLE, linewidth=1.5, linestyle=":", gid="learning rate falls")
+        top.annotate(
+            f"lr x{factor:.3g}",
+            (step, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4, -4),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=SMALL,
+            color=style.ink(style.PURPLE),
+        )
+    if has_imbalance:
+        at, value = series["imbalance"]
+        panels[1].plot(at, value, color=style.GREEN, linewidth=2.5, label="imbalance")
+        panels[1].axhline(1, color=style.GREY, linewidth=2.0, linestyle=(0, (5, 2)))
+        panels[1].set_ylim(0, max(float(value.max()), 1.0) * 1.15)
+        panels[1].yaxis.set_major_locator(MaxNLocator(3))
+        label(panels[1], y="imbalance\n(max / mean)")
+        panels[1].annotate(
+            "1: all experts\nequally busy",
+            (1, 1),
+            xycoords=("axes fraction", "data"),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=SMALL,
+            color=INK,
+            annotation_clip=False,
+        )
+    panels[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    label(panels[-1], "training step")
+    return finish(
+        figure, f"Training over {last:,.0f} steps; loss in nats per byte: {', '.join(said) or 'training'}."
+    )
+
+
+def _read_lines(path: str | Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of the rows that have both."""
+    found = [(row["step"], row[name]) for row in rows if row.get(name) is not None and "step" in row]
+    steps, values = zip(*found) if found else ((), ())
+    return np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of each value and up to `window` - 1 before it."""
+    sums = np.concatenate([[0.0], values.cumsum()])
+    end = np.arange(1, len(values) + 1)
+    begin = np.maximum(end - window, 0)
+    return (sums[end] - sums[begin]) / (end - begin)
+
+
+def _learning_rate_drops(steps: np.ndarray, rates: np.ndarray) -> list[tuple[float, float]]:
+    """(step, factor) wherever the learning rate falls by more than a fifth at once."""
+    return [
+        (float(steps[i]), float(rates[i] / rates[i - 1]))
+        for i in range(1, len(rates))
+        if 0 < rates[i] < 0.8 * rates[i - 1]
+    ]
+
+
+# --------------------------------------------------------------------------------------------- benchmarks
+
+
+def benchmark_bars(
+    results: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    *,
+    ours: str = "dsv2",
+    peer: str = "transformers",
+) -> Figure:
+    """Ours against a peer, a pair of bars for each task on the task's own scale, with the ratio beside it.
+
+    results: rows with `name`, `ours`, `peer`, `unit` (more is better) and perhaps `ratio`; or a report that
+    has them under "results", with the two names under "ours" and "peer"; or the JSON file of one.
+    """
+    if isinstance(results, (str, Path)):
+        results = json.loads(Path(results).read_text(encoding="utf-8"))
+    if isinstance(results, Mapping):
+        ours, peer = results.get("ours", ours), results.get("peer", peer)
+        results = results["results"]
+    rows = list(results)
+    if not rows:
+        raise ValueError("results is empty; give at least one row with name, ours, peer and unit")
+    figure = new_figure(9.5, 0.75 + 1.28 * len(rows))
+    panels = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
+    style.margins(figure, left=1.75, right=1.35, bottom=0.62, top=0.35, hspace=0.55)
+    said = []
+    for panel, row in zip(panels, rows):
+        style.style_axes(panel, None)
+        values = [float(row["ours"]), float(row["peer"])]
+        colours = [style.CACHED, "#9AA3B2"]
+        panel.barh([0, 1], values, height=0.8, color=colours)
+        for y, (value, colour) in enumerate(zip(values, colours)):
+            panel.annotate(
+                f"{value:,.0f}" if value >= 100 else f"{value:,.3g}",
+                (value, y),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=SMALL,
+                color=style.ink(colour),
+            )
+        ratio = float(row.get("ratio", values[0] / values[1] if values[1] else np.inf))
+        panel.annotate(
+            f"{ratio:.1f}x" if ratio >= 1.95 else f"{ratio:.2f}x",
+            (1.0, 0.5),
+            xycoords="axes fraction",
+            xytext=(14, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=22,
+            fontweight="bold",
+            color=style.CACHED if ratio >= 1 else INK,
+        )
+        panel.set_yticks([0, 1], [ours, peer], fontsize=SMALL)
+        panel.set_ylim(1.55, -0.55)
+        panel.set_xlim(0, max(*values, 1e-9) * 1.18)
+        panel.set_xticks([])
+        panel.spines["bottom"].set_visible(False)
+        panel.tick_params(axis="y", length=0)
+        title = f"{row['name']} ({row['unit']})"
+        panel.set_title(title, fontsize=BASE, color=INK, loc="left", pad=3, parse_math=False)
+        said.append(f"{row['name']}: {values[0]:,.3g} against {values[1]:,.3g} {row['unit']}, {ratio:.2f}x")
+    label(panels[-1], "longer is faster; each task has its own scale")
+    return finish(figure, f"{ours} against {peer}. {'; '.join(said)}.")

@@ -417,7 +417,7 @@ class LiveGeneration:
         )
 
     def _show_pictures(self, step: Any, read: str, until: int, seconds: float) -> None:
-        each = self.per_token_bytes or cache_bytes_per_token(self.cfg, step.cache.dtype.itemsize)
+        each = self.per_token_bytes or cache_bytes_per_token(self.cfg, step.cache.dtype)
         self.cache_figure = cache_growth(step.cache.longest, each, until=until)
         self._put(self.cache_image, self.cache_figure)
         if step.routings:
