@@ -219,10 +219,10 @@ def up_to_date(files: list[str]) -> bool:
         stamp = json.loads(STAMP.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if os.environ.get("DSV2_TORCH", stamp.get("torch")) != stamp.get("torch"):
-        return False
-    installed = stamp.get("requirements", {})
-    if any(installed.get(file) != digest(file) for file in files):
+    wanted = digests(files)
+    if "DSV2_TORCH" in os.environ:
+        wanted["DSV2_TORCH"] = os.environ["DSV2_TORCH"]
+    if not isinstance(stamp, dict) or any(stamp.get(key) != value for key, value in wanted.items()):
         return False
     names = [name for file in files for name in requirements(file)]
     state = inspect(names)
@@ -232,9 +232,9 @@ def up_to_date(files: list[str]) -> bool:
     return True
 
 
-def digest(file: str) -> str:
-    """The SHA-256 of a requirement file."""
-    return hashlib.sha256((ROOT / file).read_bytes()).hexdigest()
+def digests(files: list[str]) -> dict[str, str]:
+    """The SHA-256 of each requirement file."""
+    return {file: hashlib.sha256((ROOT / file).read_bytes()).hexdigest() for file in files}
 
 
 def requirements(file: str) -> dict[str, str]:
@@ -330,11 +330,7 @@ def install(files: list[str]) -> None:
     if code:
         raise Stop(explain(errors, "the installation did not finish"))
     put_on_path(site)
-    stamp = {
-        "python": state["python"],
-        "requirements": {file: digest(file) for file in files},
-        "torch": os.environ.get("DSV2_TORCH", ""),
-    }
+    stamp = {"python": state["python"], "DSV2_TORCH": os.environ.get("DSV2_TORCH", ""), **digests(files)}
     STAMP.write_text(json.dumps(stamp, indent=1), encoding="utf-8")
 
 
