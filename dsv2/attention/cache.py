@@ -166,12 +166,15 @@ class Cache(ABC):
         self.equal_lengths = self.equal_lengths or bool((self.lengths == self.longest).all())
 
     def _put(self, store: Tensor, new: Tensor, span: Span) -> Tensor:
-        """Write (batch, tokens, ...) into one layer's (batch, max_tokens, ...); returns the filled part."""
+        """Write (batch, tokens, ...) into one layer's (batch, max_tokens, ...); returns the filled part.
+
+        What is returned has the type of `new`, whatever type it is kept in.
+        """
         if span.start is not None:
             store[:, span.start : span.keys] = new
         else:
             store[span.rows, span.slots] = new[span.rows, span.columns].to(store.dtype)
-        return store[:, : span.keys]
+        return store[:, : span.keys].to(new.dtype)
 
     @property
     @abstractmethod
