@@ -162,7 +162,7 @@ def _draw_attention(sheet: _Sheet, cfg: DSV2Config, left: float, bottom: float) 
         left + 0.2,
         bottom + 0.66,
         f"KV cache: {cfg.kv_lora_rank} + {rope} = {kept} numbers a token and layer.",
-        BODY,
+        13,
         "left",
         weight="bold",
         colour=ink(CACHED),
@@ -240,7 +240,7 @@ def _draw_experts(sheet: _Sheet, cfg: DSV2Config, left: float, bottom: float) ->
         left + 0.2,
         bottom + 0.3,
         f"{cfg.num_experts_per_tok} of {cfg.n_routed_experts} routed experts work for a token{where}.",
-        BODY,
+        13,
         "left",
         weight="bold",
         colour=ink(ACTIVE),
@@ -373,7 +373,7 @@ def course_map(chapters: Sequence[tuple[int, str, str, str]] | None = None) -> F
             if row:
                 sheet.arrow((x + width / 2, y + pitch), (x + width / 2, y + box))
             elif way_in:  # from the end of the theme before, through the space between the columns
-                turn = x - 0.14
+                turn = x - 0.19
                 sheet.arrow(way_in, (turn, way_in[1]), (turn, y + box / 2), (x, y + box / 2))
             way_in = (x + width, y + box / 2)
     if any(state == "planned" for *_, state in chapters):

@@ -207,14 +207,17 @@ def visible(text: str) -> str:
     Characters that the figures' font does not have are escaped too ("\\u4e2d"). An empty text, a token that
     finished no character, becomes ∅.
     """
-    known = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+    known = {" ": "·", "\n": "⏎", "\t": "⇥"}
     drawn = [known.get(c) or (c if c.isprintable() and ord(c) in _glyphs() else ascii(c)[1:-1]) for c in text]
     return "".join(drawn) or "∅"
 
 
 @functools.cache
 def _glyphs() -> frozenset[int]:
-    return frozenset(font_manager.get_font(font_manager.findfont("DejaVu Sans Mono")).get_charmap())
+    """The characters that the fonts of titles and of token labels both have."""
+    paths = (font_manager.findfont(name) for name in ("DejaVu Sans", "DejaVu Sans Mono"))
+    sans, mono = (frozenset(font_manager.get_font(path).get_charmap()) for path in paths)
+    return sans & mono
 
 
 def expert_heatmap(

@@ -36,8 +36,8 @@ DPI = 100
 
 # Weights of chosen experts: from just visible on white to ACTIVE and beyond.
 GLOW = colors.LinearSegmentedColormap.from_list("dsv2_glow", ["#FFE3CC", "#F79A4B", ACTIVE, "#7A2E00"])
-GLOW.set_under(PALE)  # not chosen
-GLOW.set_bad((0, 0, 0, 0))  # no expert there
+# Below the scale: not chosen. Masked: no expert there.
+GLOW = GLOW.with_extremes(under=PALE, bad=(0, 0, 0, 0))
 
 _drawing = threading.RLock()
 
