@@ -418,7 +418,9 @@ class LiveGeneration:
 
     def _show_pictures(self, step: Any, read: str, until: int, seconds: float) -> None:
         each = self.per_token_bytes or cache_bytes_per_token(self.cfg, step.cache.dtype)
-        self.cache_figure = cache_growth(step.cache.longest, each, until=until)
+        # Lower than `cache_growth` draws it alone, so that text and pictures fit on one screen.
+        low = style.new_axes(None, 9.0, 3.4, left=1.0, right=2.85, bottom=0.8, top=0.2)
+        self.cache_figure = cache_growth(step.cache.longest, each, until=until, ax=low)
         self._put(self.cache_image, self.cache_figure)
         if step.routings:
             self.experts_figure = expert_lights(
