@@ -64,6 +64,7 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _FLOAT_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS.values()}
 _SHORT_NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _LARGEST_JSON = 64 * 2**20  # bytes; the index of the 236B model has about 3 MB
+_LARGEST_HEADER = 100_000_000  # bytes, of a safetensors file
 _REMAP_AFTER = 2**30  # bytes read from a mapped file before it is mapped anew, which frees its pages
 _QUIET_BELOW = 10**9  # bytes that load without a progress bar
 
@@ -259,9 +260,7 @@ def load_pretrained(
     if dtype not in _FLOATS.values():
         raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, _FLOATS.values()))}, or None")
     _require_memory(checkpoint, device, dtype)
-    with torch.device("meta"):
-        model = DeepSeekV2(checkpoint.cfg)
-    model = model.to(dtype).to_empty(device=device)
+    model = _without_memory(checkpoint).to(dtype).to_empty(device=device)
     if checkpoint.cfg.tie_word_embeddings:
         model.head.weight = model.embed.weight  # leaving meta gave each its own
     _read_weights(checkpoint, dict(model.named_parameters()), check_finite)
@@ -280,8 +279,8 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
             cfg = DSV2Config.from_dict({name: value for name, value in raw.items() if name not in around})
         else:
             cfg = DSV2Config.from_hf(raw)
-    except ValueError as error:
-        raise ValueError(f"{directory / 'config.json'}: {error}") from None
+    except (ValueError, TypeError, ArithmeticError) as error:  # also of numbers that no float can hold
+        raise ValueError(f"{directory / 'config.json'}: {error}") from error
     files = _tensor_files(directory)
     headers = _headers(files)
     fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in headers)
@@ -298,6 +297,17 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
         dtype=_checkpoint_dtype(directory, raw, {dtypes[name] for name in layout}),
         tokenizer=note.get("tokenizer") if isinstance(note, dict) else None,
     )
+
+
+def _without_memory(checkpoint: Checkpoint) -> DeepSeekV2:
+    """The model on the meta device: shapes, no storage."""
+    try:
+        with torch.device("meta"):
+            return DeepSeekV2(checkpoint.cfg)
+    except (ValueError, ArithmeticError) as error:  # of YaRN's logarithms, for instance
+        raise ValueError(
+            f"{checkpoint.directory / 'config.json'}: no model can be built with these values: {error}"
+        ) from error
 
 
 def _read_weights(checkpoint: Checkpoint, parameters: dict[str, torch.nn.Parameter], check_finite: bool):
@@ -471,14 +481,16 @@ def _opened(file: Path) -> Iterator[Any]:
     """A safetensors file, mapped; a ValueError that names it if it is damaged or no such file."""
     with open(file, "rb") as raw:
         start = raw.read(8)
-    # A header's length, which opens a safetensors file, has zeros in its upper half.
-    is_pickle = start[:1] == b"\x80" and start[1:2] <= b"\x05" and start[4:] != bytes(4)
+    # safetensors files open with the length of their header; 0x80 and a version would be an absurd one.
+    length = int.from_bytes(start, "little")
+    is_pickle = start[:1] == b"\x80" and start[1:2] <= b"\x05" and length > _LARGEST_HEADER
     if is_pickle or start[:4] == b"PK\x03\x04":  # a bare pickle, or torch.save's archive of one
         raise ValueError(f"{file} {_PICKLE}")
     try:
         opened = safe_open(str(file), framework="pt", device="cpu")
     except Exception as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+        size = _gigabytes(file.stat().st_size)
+        raise ValueError(f"{file} ({size}) cannot be read as a safetensors file: {error}") from None
     with opened as tensors:
         yield tensors
 
@@ -496,7 +508,7 @@ def _headers(files: dict[str, Path]) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def _require_plausible(directory: Path, cfg: DSV2Config, fused: bool, found: int) -> None:
     """Stop before listing what a config.json promises when that is far from what the files hold."""
-    limit = 100_000 + 100 * found
+    limit = 20_000 + 20 * found
     promised = cfg.num_hidden_layers
     if promised <= limit and cfg.attention == "mla" and not fused:
         promised += 3 * cfg.n_routed_experts * len(cfg.moe_layers)
@@ -673,8 +685,9 @@ def save_pretrained(
     The directory is complete or not there: everything is written beside it first, then put in its place. Of
     a checkpoint that it replaces, other files (tokenizer, notes) are carried over. Models with an attention
     baseline are written under our own names, for `load_pretrained` alone. transformers ignores
-    `norm_topk_prob` and `moe_layer_freq`. state_dict: write these tensors instead of the model's, for
-    instance those gathered from several processes.
+    `norm_topk_prob` and `moe_layer_freq`, and wants a hidden_size that is a multiple of the heads.
+    state_dict: write these tensors instead of the model's, for instance those gathered from several
+    processes.
 
     Raises ValueError if the directory holds something else than a checkpoint.
     """
@@ -789,13 +802,22 @@ def _carry_over(target: Path, new: Path, tokenizer: Any) -> None:
     source = getattr(tokenizer, "path", None)  # of a tokenizer.json; bytes have none
     for entry in target.iterdir() if target.is_dir() else ():
         replaced = _OURS.fullmatch(entry.name) or (tokenizer is not None and entry.name in tokenizer_files)
-        if not replaced and entry.is_dir():
-            shutil.copytree(entry, new / entry.name, symlinks=True)
+        if not replaced and entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link_or_copy)
         elif not replaced:
-            shutil.copy2(entry, new / entry.name, follow_symlinks=False)
+            _link_or_copy(entry, new / entry.name)
     for name in tokenizer_files if source is not None else ():
         if Path(source).with_name(name).is_file():
             shutil.copyfile(Path(source).with_name(name), new / name)
+
+
+def _link_or_copy(source: str | Path, destination: str | Path) -> None:
+    """The same file under a second name: no copy of large files, and a log that is still open goes on."""
+    if not os.path.islink(source):
+        with contextlib.suppress(OSError):  # not every file system has hard links
+            os.link(source, destination)
+            return
+    shutil.copy2(source, destination, follow_symlinks=False)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -806,7 +828,7 @@ def _fsync(path: Path) -> None:
     """Make sure that a file, or the names in a folder, are on the disk. (Windows does it for files only.)"""
     if path.is_symlink() or (path.is_dir() and os.name == "nt"):
         return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -825,6 +847,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--convert", metavar="OUT", help="write it to another directory")
     parser.add_argument("--dtype", choices=sorted(_SHORT_NAMES), help="type of the written weights")
     options = parser.parse_args(arguments)
+    if options.dtype and not options.convert:
+        parser.error("--dtype is the type to --convert to")
     try:
         checkpoint = open_checkpoint(options.directory)
         print(describe(checkpoint))

@@ -608,6 +608,7 @@ def test_replacing_leaves_no_stale_shards_and_keeps_other_files(tmp_path):
     (target / "notes.md").write_text("kept")
     (target / "runs").mkdir()
     (target / "runs" / "metrics.jsonl").write_text("{}")
+    (target / "notes.md").chmod(0o444)
     save_pretrained(random_model(MLA, seed=1), target)
     names = sorted(p.name for p in target.iterdir())
     assert names == ["config.json", "generation_config.json", "model.safetensors", "notes.md", "runs"]
@@ -646,6 +647,7 @@ def die_at(monkeypatch, call: int) -> list[str]:
     places = [
         (os, "rename"),
         (os, "fsync"),
+        (os, "link"),
         (shutil, "rmtree"),
         (shutil, "copy2"),
         (shutil, "copytree"),
