@@ -74,6 +74,13 @@ class DeepSeekV2(nn.Module):
             self.head.weight = self.embed.weight
         self.reset_parameters()
 
+    def _apply(self, fn, recurse=True):
+        """Keep a tied head tied: on leaving `meta`, each of the two names is given memory of its own."""
+        super()._apply(fn, recurse)
+        if self.cfg.tie_word_embeddings:
+            self.head.weight = self.embed.weight
+        return self
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw every matrix from N(0, initializer_range^2) (section 3.1.2: 0.006); norms start at 1."""
