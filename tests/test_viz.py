@@ -376,6 +376,12 @@ def test_training_curves_show_the_run(tmp_path):
     assert not outside(figure) and not overlaps(figure, loss.texts)
 
 
+def test_validation_is_per_byte_where_that_was_measured():
+    rows = [{"step": 1, "loss": 3, "val_loss": 2.5, "val_nats_per_byte": 2.4}]
+    lines = {line.get_label(): line for line in training_curves(rows).axes[0].lines}
+    assert lines["validation"].get_ydata().tolist() == [2.4]
+
+
 def test_training_curves_of_a_run_that_only_began():
     assert not outside(training_curves([{"step": 1, "loss": 5.5}]))
 

@@ -558,12 +558,14 @@ def training_curves(
     """Loss, and the load imbalance of the experts, over the steps of a training run.
 
     metrics: a file of JSON lines, or their content: each with `step` and any of `loss`, `val_loss` (nats per
-    byte), `lr` and `imbalance` (the busiest expert over the average). baselines: validation losses of other
+    byte; `val_nats_per_byte` goes before it, where special tokens make a difference), `lr` and `imbalance` (the busiest expert over the average). baselines: validation losses of other
     models by name, such as {"3-gram": 1.9}, drawn as lines across. smooth: steps over which the training loss
     is averaged, a running mean; None: a fiftieth of the run. Steps where the learning rate falls are marked.
     """
     rows = _read_lines(metrics) if isinstance(metrics, (str, Path)) else list(metrics)
     series = {name: _series(rows, name) for name in ("loss", "val_loss", "lr", "imbalance")}
+    per_byte = _series(rows, "val_nats_per_byte")
+    series["val_loss"] = per_byte if per_byte[0].size else series["val_loss"]
     if not series["loss"][0].size and not series["val_loss"][0].size:
         raise ValueError("metrics holds no row with `step` and `loss` or `val_loss`")
     has_imbalance = series["imbalance"][0].size > 0
