@@ -558,9 +558,10 @@ def training_curves(
     """Loss, and the load imbalance of the experts, over the steps of a training run.
 
     metrics: a file of JSON lines, or their content: each with `step` and any of `loss`, `val_loss` (nats per
-    byte; `val_nats_per_byte` goes before it, where special tokens make a difference), `lr` and `imbalance` (the busiest expert over the average). baselines: validation losses of other
-    models by name, such as {"3-gram": 1.9}, drawn as lines across. smooth: steps over which the training loss
-    is averaged, a running mean; None: a fiftieth of the run. Steps where the learning rate falls are marked.
+    byte; `val_nats_per_byte` goes before it, where special tokens make a difference), `lr` and `imbalance`
+    (the busiest expert over the average). baselines: validation losses of other models by name, such as
+    {"3-gram": 1.9}, drawn as lines across. smooth: steps over which the training loss is averaged, a running
+    mean; None: a fiftieth of the run. Steps where the learning rate falls are marked.
     """
     rows = _read_lines(metrics) if isinstance(metrics, (str, Path)) else list(metrics)
     series = {name: _series(rows, name) for name in ("loss", "val_loss", "lr", "imbalance")}
