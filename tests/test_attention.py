@@ -395,6 +395,16 @@ def test_ragged_batches_equal_each_sequence_alone(cfg, side):
 
 
 @every_kind
+def test_a_span_of_padding_alone_adds_nothing(cfg):
+    model, tokens = new_model(cfg), ids(2, 4)
+    cache = model.new_cache(2, 4)
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    assert model(tokens[:, :3], cache=cache, attention_mask=nothing).logits.isfinite().all()
+    assert cache.lengths.tolist() == [0, 0] and cache.longest == 0
+    torch.testing.assert_close(model(tokens, cache=cache).logits, model(tokens).logits.detach(), **CLOSE)
+
+
+@every_kind
 def test_ragged_lengths_may_meet_again(cfg):
     model, tokens = new_model(cfg), ids(2, 6)
     mask = torch.tensor([[True, True, True, False], [True, True, True, True]])
@@ -428,7 +438,8 @@ def test_what_a_cache_held_before_never_matters(cfg, side):
     """Large finite rubbish in every slot: what lies beyond a sequence's length has no weight at all."""
     model = new_model(cfg)
     cache, fresh = model.new_cache(2, 8), model.new_cache(2, 8)
-    model(ids(2, 8), cache=cache)
+    model(ids(2, 8), cache=cache, attention_mask=torch.arange(8) < torch.tensor([[8], [6]]))
+    assert not cache.equal_lengths
     for store in stores(cache):
         store.fill_(1e6)
     cache.reset()

@@ -165,6 +165,13 @@ def test_yarn_frequencies_by_hand():
         assert stretched[i].item() == pytest.approx(plain[i].item() * (kept + (1 - kept) / 40), rel=1e-5)
 
 
+@pytest.mark.parametrize("context, expected", [(10, (0, 2)), (10**7, (37, 50)), (10**12, (77, 63))])
+def test_yarn_range_is_cut_as_in_the_released_code(context, expected):
+    """At 0 below and at dim - 1 (not at the last pair, dim/2 - 1) above."""
+    yarn = YarnScaling(factor=8.0, original_max_position_embeddings=context)
+    assert yarn_correction_range(64, 10000.0, yarn) == expected
+
+
 def test_no_stretch_is_plain_rope():
     one = YarnScaling(factor=1.0, original_max_position_embeddings=4096)
     torch.testing.assert_close(yarn_frequencies(64, 10000.0, one), rope_frequencies(64))
