@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,7 @@ SAMPLE_TOKENS = 96
 BYTES = 256  # ids below this are bytes, for a ByteTokenizer
 
 
+@runtime_checkable
 class TrainingData(Protocol):
     """What the trainer needs of a data set; `dsv2.data.PackedDataset` is one."""
 
@@ -397,7 +398,7 @@ class Trainer:
         cfg, world = self.model_config, self.world
         # On meta no process ever holds a whole model; tied weights would come apart there.
         on_meta = world.size > 1 and not cfg.tie_word_embeddings
-        with torch.device("meta" if on_meta else "cpu"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if on_meta else "cpu"):
             model = DeepSeekV2(cfg)
         model.tokenizer = self.tokenizer
         model.checkpoint_blocks = self.config.checkpoint_blocks
