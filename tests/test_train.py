@@ -192,7 +192,7 @@ def test_norms_are_not_decayed_and_every_matrix_is():
     model = DeepSeekV2(CFG)
     decays = {
         id(p): g["weight_decay"]
-        for g in make_optimizer(model, TrainConfig()).param_groups
+        for g in make_optimizer(dict(model.named_parameters()), TrainConfig()).param_groups
         for p in g["params"]
     }
     for name, parameter in model.named_parameters():

@@ -13,18 +13,18 @@ from dsv2.train.schedule import TrainConfig
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(parameters: dict[str, Tensor], config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices alone (section 3.1.2: betas 0.9 and 0.95, decay 0.1).
 
     A norm's gain has no direction to be pulled to zero along. The state exists from the start, so that a
     checkpoint can be read into it.
     """
-    parameters = list(model.parameters())
+    weights = list(parameters.values())
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in weights if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    device = parameters[0].device
+    device = weights[0].device
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -33,7 +33,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         eps=config.eps,
         fused=fused,
     )
-    for parameter in parameters:
+    for parameter in weights:
         # The fused kernel wants the step where the weights are, the loop wants it on the CPU.
         step = torch.zeros((), dtype=torch.float32, device=device if fused else "cpu")
         moments = {name: torch.zeros_like(parameter) for name in _MOMENTS}
@@ -41,10 +41,10 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return optimizer
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state by name, `layers.0.ffn_norm.weight.exp_avg` and so on; tensors may be spread."""
     tensors = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
             tensors[f"{name}.{key}"] = value
     return tensors

@@ -96,7 +96,9 @@ class Trainer:
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.saved_step: int | None = None
         self.model = self._new_model()
-        self.optimizer = make_optimizer(self.model, config)
+        # Between some calls FSDP2 shows whole weights as the model's parameters; the optimiser has these.
+        self.parameters = dict(self.model.named_parameters())
+        self.optimizer = make_optimizer(self.parameters, config)
         self._masters = None
         if config.dtype != "float32" and self.world.size == 1:
             self._masters = MasterWeights(self.model, self.dtype)
@@ -175,7 +177,7 @@ class Trainer:
                 totals += torch.stack((loss.detach(), output.balance_loss.detach().float()))
                 load = torch.stack([routing.load() for routing in output.routings] or [totals.new_zeros(1)])
                 loads = load if loads is None else loads + load
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.clip))
         totals = world.sum(totals) / (config.micro_batches * world.size)
         loss, balance_loss, grad_norm = (*totals.tolist(), float(norm))
         if math.isfinite(loss + balance_loss + grad_norm):
@@ -319,8 +321,8 @@ class Trainer:
         if self.directory is None:
             raise ValueError("this trainer has no folder to save in; give it one with out=...")
         main = self.world.is_main
-        model = gather(dict(self.model.named_parameters()), main)
-        optimizer = gather(optimizer_tensors(self.model, self.optimizer), main)
+        model = gather(self.parameters, main)
+        optimizer = gather(optimizer_tensors(self.parameters, self.optimizer), main)
         path = None
         if main:
             if self.directory.metrics.exists():
@@ -342,8 +344,8 @@ class Trainer:
         chosen = self.world.broadcast(chosen)
         if chosen is not None:
             path, state = chosen
-            self._read("model", path, dict(self.model.named_parameters()))
-            self._read("optimizer", path, optimizer_tensors(self.model, self.optimizer))
+            self._read("model", path, self.parameters)
+            self._read("optimizer", path, optimizer_tensors(self.parameters, self.optimizer))
             self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
             self.saved_step = self.step
             if self._masters is not None:
@@ -370,7 +372,7 @@ class Trainer:
                 return self.computing_model
             plain = copy.deepcopy(self.model)
         else:
-            tensors = gather(dict(self.model.named_parameters()), self.world.is_main)
+            tensors = gather(self.parameters, self.world.is_main)
             if not self.world.is_main:
                 return None
             plain = DeepSeekV2(self.model_config).to(self.world.device)
@@ -383,7 +385,7 @@ class Trainer:
         """Write the model as a Hugging Face DeepSeek-V2 directory; all processes must take part."""
         from dsv2.hf import save_pretrained
 
-        tensors = gather(dict(self.model.named_parameters()), self.world.is_main)
+        tensors = gather(self.parameters, self.world.is_main)
         if self.world.is_main:
             tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
             with torch.device("meta"):
