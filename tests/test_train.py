@@ -561,7 +561,7 @@ def test_command_resumes_exactly_and_refuses_what_would_alter_the_run(command, t
     assert command("--resume", "--lr", "0.5", "--seed", 3, changed=("hidden_size=24",)) == 2
     said = capsys.readouterr().err
     for part in (
-        "lr was 0.003 and is now 0.5",
+        "lr was 0.0015 and is now 0.5",
         "seed was 0 and is now 3",
         "hidden_size was 20 and is now 24",
     ):

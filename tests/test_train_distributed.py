@@ -58,6 +58,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess:
 def main(task: str, out: Path) -> int:
     """One process of two. train: a run from the start, one from the middle, an export. fail: an error."""
     from dsv2.train import start_world
+    from dsv2.train.distributed import leave
 
     world = start_world("cpu")
     if task == "fail":
@@ -79,6 +80,8 @@ def main(task: str, out: Path) -> int:
             trainer.export(out / "exported", "float32")
         if world.is_main:
             trainer.directory.release()
+    world.barrier()
+    leave(0)
     return 0
 
 

@@ -28,7 +28,7 @@ from dsv2.data import (
     ngram_baselines,
     prepare,
 )
-from dsv2.train.distributed import World, start_world
+from dsv2.train.distributed import World, leave, start_world
 from dsv2.train.loop import DISPLAYS, Stopped, describe_validation, make_path, run
 from dsv2.train.run_directory import RunDirectory, read_lines, replace_file
 from dsv2.train.schedule import DTYPES, SCHEDULES, TrainConfig
@@ -39,7 +39,7 @@ TIMED_STEPS, UNTIMED_STEPS = 8, 3
 
 # What suits a preset; everything can be set on the command line.
 PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
-    "tiny": dict(batch_size=16, seq_len=256, lr=3e-3, schedule="deepseek-v2", minutes=9.5),
+    "tiny": dict(batch_size=8, seq_len=256, lr=1.5e-3, schedule="deepseek-v2", minutes=9.5),
     "small": dict(batch_size=128, seq_len=1024, lr=1e-3, schedule="deepseek-v2", steps=10_000),
     "lite": dict(batch_size=4608, seq_len=4096, lr=4.2e-4, schedule="deepseek-v2-lite", steps=300_000),
     "full": dict(batch_size=9216, seq_len=4096, lr=2.4e-4, schedule="deepseek-v2", steps=215_000),
@@ -175,8 +175,8 @@ def _end(message: str, status: int) -> int:
         return status
     if rank == 0 or status not in (0, NON_FINITE):
         print(f"dsv2.train: process {rank} of {size}: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(status)
+    leave(status)
+    return status
 
 
 def _run(options: dict[str, Any], command: list[str]) -> int:
@@ -219,6 +219,9 @@ def _run(options: dict[str, Any], command: list[str]) -> int:
         trainer.export(directory.model, options.get("export_dtype", "bfloat16"))
         if world.is_main:
             _conclude(trainer, options)
+    world.barrier()
+    if world.size > 1:
+        leave(0)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -91,6 +92,9 @@ class Trainer:
         self.tokenizer = tokenizer or ByteTokenizer()
         self.directory = out if isinstance(out, RunDirectory | None) else RunDirectory(out)
         self._check()
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it in this mode
+            torch.use_deterministic_algorithms(True)
         self.validation = self._validation_windows() if validation is None else validation
 
         self.step, self.tokens, self.seconds = 0, 0, 0.0
@@ -102,8 +106,6 @@ class Trainer:
         self._masters = None
         if config.dtype != "float32" and self.world.size == 1:
             self._masters = MasterWeights(self.model, self.dtype)
-        if config.deterministic:
-            torch.use_deterministic_algorithms(True)
         if config.compile:
             for block in self.computing_model.layers:
                 block.compile()
