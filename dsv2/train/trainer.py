@@ -297,11 +297,11 @@ class Trainer:
         if model is not None:
             was_training = model.training
             model.eval()
-            for domain, prompt in self._prompts().items():
+            for number, (domain, prompt) in enumerate(self._prompts().items()):
                 room = self.model_config.max_position_embeddings - len(prompt)
-                text = generate(
-                    model, prompt, min(max_new_tokens, room), temperature=temperature, seed=self.config.seed
-                )
+                # A seed of its own: the same random numbers lead different prompts into the same words.
+                seed = self.config.seed + number
+                text = generate(model, prompt, min(max_new_tokens, room), temperature=temperature, seed=seed)
                 shown = self.tokenizer.decode(prompt)
                 written.append({"step": self.step, "domain": domain, "prompt": shown, "text": text})
             model.train(was_training)
