@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,6 +197,9 @@ class DSV2Config:
             )
         fields = self.to_dict()
         own = {name: fields.pop(name) for name in _DSV2_ONLY}
+        if not self.n_routed_experts:  # there a model is dense when its dense layers are all there are
+            own["first_k_dense_replace"] = self.first_k_dense_replace
+            fields["first_k_dense_replace"] = self.num_hidden_layers
         yarn = fields.pop("rope_scaling")
         return {
             "architectures": ["DeepseekV2ForCausalLM"],
@@ -243,12 +245,10 @@ def _type_problems(cfg: DSV2Config):
         kind = field.type.split(" |")[0]
         if value is None and (field.name in _OPTIONAL or field.name == "rope_scaling"):
             continue
-        if kind == "int" and (not isinstance(value, int) or isinstance(value, bool)):
-            yield f"{field.name}={value!r} must be an integer"
-        elif kind == "float" and (
-            isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
-        ):
-            yield f"{field.name}={value!r} must be a finite number"
+        if kind == "int" and not (_is_number(value) and isinstance(value, int)):
+            yield f"{field.name}={value!r} must be an integer below 2**63"
+        elif kind == "float" and not _is_number(value):
+            yield f"{field.name}={value!r} must be a finite number below 2**63"
         elif kind == "bool" and not isinstance(value, bool):
             yield f"{field.name}={value!r} must be true or false"
         elif kind == "str" and not isinstance(value, str):
@@ -259,8 +259,13 @@ def _type_problems(cfg: DSV2Config):
     elif yarn is not None:
         for field in dataclasses.fields(yarn):
             value = getattr(yarn, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                yield f"rope_scaling.{field.name}={value!r} must be a finite number"
+            if not _is_number(value):
+                yield f"rope_scaling.{field.name}={value!r} must be a finite number below 2**63"
+
+
+def _is_number(value: object) -> bool:
+    """A finite number that torch can take: Python's own integers have no end, and float() of one can fail."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _value_problems(cfg: DSV2Config):
@@ -316,9 +321,9 @@ def _value_problems(cfg: DSV2Config):
                 "rope_scaling.original_max_position_embeddings="
                 f"{yarn.original_max_position_embeddings} must be at least 1"
             )
-        if not yarn.beta_fast > yarn.beta_slow > 0:
+        if not yarn.beta_fast > yarn.beta_slow >= 1e-6:
             yield (
-                f"rope_scaling needs beta_fast > beta_slow > 0; got beta_fast={yarn.beta_fast}, "
+                f"rope_scaling needs beta_fast > beta_slow >= 1e-6; got beta_fast={yarn.beta_fast}, "
                 f"beta_slow={yarn.beta_slow}"
             )
         if yarn.mscale < 0 or yarn.mscale_all_dim < 0:
@@ -430,7 +435,7 @@ def _from_hf_fields(raw: dict[str, Any]) -> dict[str, Any]:
         {f.name for f in dataclasses.fields(DSV2Config)} - set(_DSV2_ONLY) - {"rope_scaling", "rope_theta"}
     )
     fields = {name: raw[name] for name in names if raw.get(name) is not None}
-    fields.update({name: own[name] for name in _DSV2_ONLY if name in own})
+    fields.update({name: own[name] for name in (*_DSV2_ONLY, "first_k_dense_replace") if name in own})
     fields["rope_theta"], fields["rope_scaling"] = _hf_rope(raw)
     if isinstance(
         fields.get("eos_token_id"), list
@@ -450,7 +455,7 @@ def _hf_rope(raw: dict[str, Any]) -> tuple[float, YarnScaling | None]:
         return theta, None
     if kind != "yarn":
         raise ValueError(f"rope type {kind!r} is not supported; DeepSeek-V2 has 'yarn' or none")
-    if "factor" not in rope:
+    if rope.get("factor") is None:
         raise ValueError("rope_scaling of type 'yarn' needs a factor")
     known = {f.name: rope[f.name] for f in dataclasses.fields(YarnScaling) if rope.get(f.name) is not None}
     known.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings", 4096))

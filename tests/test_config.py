@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import dsv2
-
-
-def as_readers_import_it():
-    """dsv2.config without the run-time checks of annotations, which would come before its own checks."""
-    path = Path(dsv2.__file__).parent / "config.py"
-    spec = importlib.util.spec_from_file_location("unchecked_config", path)
-    sys.modules["unchecked_config"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-config = as_readers_import_it()
-PRESETS, DSV2Config, YarnScaling = config.PRESETS, config.DSV2Config, config.YarnScaling
+from dsv2.config import PRESETS, DSV2Config, YarnScaling
 
 BASE = DSV2Config.preset("tiny")
 YARN = YarnScaling(factor=8.0, original_max_position_embeddings=128)

@@ -16,7 +16,6 @@ import struct
 import tempfile
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +23,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from dsv2 import DeepSeekV2, DSV2Config, YarnScaling, hf
-from dsv2.hf import INDEX, SINGLE, hf_tensor_names, load_pretrained, main, save_pretrained
+from dsv2.hf import INDEX, SINGLE, hf_tensor_names, load_pretrained, save_pretrained
+from dsv2.hf.__main__ import main
 
 CFG = DSV2Config(
     vocab_size=31,
@@ -53,14 +53,6 @@ CFG = DSV2Config(
 def examples(count: int) -> settings:
     """The same `count` examples in every run: a failure found here is a failure found everywhere."""
     return settings(max_examples=count, deadline=None, derandomize=True, database=None)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_errors_only():
-    """Without the import hook, which refuses a wrong type before the package's own checks see it."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def written(cfg: DSV2Config, **options) -> dict[str, bytes]:

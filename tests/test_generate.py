@@ -7,7 +7,8 @@ import torch
 
 import dsv2
 from dsv2.data import ByteTokenizer
-from dsv2.generate import Sampling, _Text, decode, is_looping, main, next_token_probabilities, prefill, stream
+from dsv2.generate import Sampling, _Text, decode, is_looping, next_token_probabilities, prefill, stream
+from dsv2.generate.__main__ import main
 
 
 @pytest.fixture(scope="module")

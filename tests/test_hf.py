@@ -12,14 +12,14 @@ import textwrap
 import weakref
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dsv2 import DeepSeekV2, DSV2Config, YarnScaling, hf
-from dsv2.hf import checkpoint_layout, hf_tensor_names, load_pretrained, main, save_pretrained
+from dsv2.hf import checkpoint_layout, hf_tensor_names, load_pretrained, save_pretrained
+from dsv2.hf.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,6 +56,7 @@ CONFIGS = {
     "tied": MLA.replace(tie_word_embeddings=True),
     "no_shared": MLA.replace(n_shared_experts=0),
     "dense": MLA.replace(first_k_dense_replace=3),
+    "no_experts": MLA.replace(n_routed_experts=0, capacity_factor=None, device_loss_alpha=0.0),
     "every_other": MLA.replace(num_hidden_layers=5, moe_layer_freq=2),
     "mha": MLA.replace(attention="mha"),
     "gqa": MLA.replace(attention="gqa", num_attention_heads=6, num_key_value_heads=2, head_dim=16),
@@ -405,15 +406,7 @@ V2_LITE_CONFIG = {  # fields of the released config.json, in transformers 4's sp
 
 
 @pytest.fixture
-def own_errors_only():
-    """Without the import hook, which refuses an integer for a float before the package sees it."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.fixture
-def released(tmp_path, own_errors_only):
+def released(tmp_path):
     """A directory laid out as the released V2-Lite: v4 config, four shards with six digits, bf16."""
     cfg = DSV2Config.from_hf(V2_LITE_CONFIG)
     model = random_model(cfg).to(torch.bfloat16)

@@ -152,7 +152,8 @@ class Cache(ABC):
         self.longest = span.keys if span.counts is None else int(self.lengths.max())
 
     def reset(self) -> None:
-        """Forget everything; the memory stays."""
+        """Forget everything; the memory stays, zeroed, so that a NaN of the past cannot reach the future."""
+        self._clear()
         self.lengths.zero_()
         self.longest = 0
         self.equal_lengths = True
@@ -175,6 +176,9 @@ class Cache(ABC):
         else:
             store[span.rows, span.slots] = new[span.rows, span.columns].to(store.dtype)
         return store[:, : span.keys].to(new.dtype)
+
+    @abstractmethod
+    def _clear(self) -> None: ...
 
     @property
     @abstractmethod
@@ -232,6 +236,9 @@ class LatentCache(Cache):
         """Write a span of one layer; returns everything that layer now holds."""
         return self._put(self.latent[layer], latent, span), self._put(self.k_rope[layer], k_rope, span)
 
+    def _clear(self) -> None:
+        self.entries.zero_()
+
     @property
     def elements_per_token(self) -> int:
         return self.layers * self.entries.shape[-1]
@@ -268,6 +275,10 @@ class KVCache(Cache):
     ) -> tuple[Float[Tensor, "batch keys kv_heads head_dim"], Float[Tensor, "batch keys kv_heads head_dim"]]:
         """Write a span of one layer; returns everything that layer now holds."""
         return self._put(self.keys[layer], keys, span), self._put(self.values[layer], values, span)
+
+    def _clear(self) -> None:
+        self.keys.zero_()
+        self.values.zero_()
 
     @property
     def elements_per_token(self) -> int:

@@ -81,6 +81,7 @@ class RoutedExperts(nn.Module):
         load = torch.bincount(experts, minlength=n_experts)[:n_experts]
         tokens = order // k
         run = run_grouped if grouped_mm_available(x, self.w_down.shape[-1]) else run_sorted
-        out = run(x[tokens], self.w_gate_up, self.w_down, load)
-        out = out * weights.flatten()[order, None].to(out.dtype)
+        # index_select, not x[tokens]: its gradient is added up in a tenth of the time on a CPU.
+        out = run(x.index_select(0, tokens), self.w_gate_up, self.w_down, load)
+        out = out * weights.flatten().index_select(0, order)[:, None].to(out.dtype)
         return torch.zeros_like(x).index_add_(0, tokens, out)

@@ -34,7 +34,6 @@ Source: github.com/deepseek-ai/DeepSeek-V2 and the checkpoints that transformers
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
@@ -62,7 +61,6 @@ OWN_MODEL_TYPE = "dsv2"  # of directories with our own tensor names
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FLOAT_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS.values()}
-_SHORT_NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _LARGEST_JSON = 64 * 2**20  # bytes; the index of the 236B model has about 3 MB
 _LARGEST_HEADER = 100_000_000  # bytes, of a safetensors file
 _REMAP_AFTER = 2**30  # bytes read from a mapped file before it is mapped anew, which frees its pages
@@ -297,6 +295,27 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
         dtype=_checkpoint_dtype(directory, raw, {dtypes[name] for name in layout}),
         tokenizer=note.get("tokenizer") if isinstance(note, dict) else None,
     )
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    """What a checkpoint holds, in a few lines, from its headers alone."""
+    cfg, stored = checkpoint.cfg, checkpoint.dtypes
+    kinds = sorted({str(stored[name]).removeprefix("torch.") for name in checkpoint.layout})
+    moe = (
+        f"{len(cfg.moe_layers)} with {cfg.n_routed_experts} routed experts, {cfg.num_experts_per_tok} a token"
+    )
+    free = available_memory()
+    lines = {
+        "directory": checkpoint.directory,
+        "layers": f"{cfg.num_hidden_layers}, {moe}, {cfg.n_shared_experts} shared",
+        "attention": f"{cfg.attention}, {cfg.num_attention_heads} heads, hidden size {cfg.hidden_size}",
+        "parameters": f"{checkpoint.num_parameters:,}",
+        "tensors": f"{len(checkpoint.layout):,} in {len(set(checkpoint.files.values()))} file(s)",
+        "type": f"{', '.join(kinds)} on disk, {checkpoint.dtype} when loaded",
+        "memory": f"{_gigabytes(checkpoint.memory())} needed, "
+        + ("free memory unknown" if free is None else f"{_gigabytes(free)} free"),
+    }
+    return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
 
 
 def _without_memory(checkpoint: Checkpoint) -> DeepSeekV2:
@@ -833,55 +852,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# -------------------------------------------------------------------------------------------- command line
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m dsv2.hf DIR [--convert OUT --dtype bf16]`: describe a checkpoint, or write it anew."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dsv2.hf", description="Describe or convert a checkpoint."
-    )
-    parser.add_argument("directory", help="a Hugging Face DeepSeek-V2 directory")
-    parser.add_argument("--convert", metavar="OUT", help="write it to another directory")
-    parser.add_argument("--dtype", choices=sorted(_SHORT_NAMES), help="type of the written weights")
-    options = parser.parse_args(arguments)
-    if options.dtype and not options.convert:
-        parser.error("--dtype is the type to --convert to")
-    try:
-        checkpoint = open_checkpoint(options.directory)
-        print(describe(checkpoint))
-        if options.convert:
-            model = load_pretrained(options.directory, dtype=_SHORT_NAMES.get(options.dtype))
-            save_pretrained(model, options.convert)
-            print(f"written to {options.convert} in {model.embed.weight.dtype}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def describe(checkpoint: Checkpoint) -> str:
-    """What a checkpoint holds, in a few lines, from its headers alone."""
-    cfg, stored = checkpoint.cfg, checkpoint.dtypes
-    kinds = sorted({str(stored[name]).removeprefix("torch.") for name in checkpoint.layout})
-    moe = (
-        f"{len(cfg.moe_layers)} with {cfg.n_routed_experts} routed experts, {cfg.num_experts_per_tok} a token"
-    )
-    free = available_memory()
-    lines = {
-        "directory": checkpoint.directory,
-        "layers": f"{cfg.num_hidden_layers}, {moe}, {cfg.n_shared_experts} shared",
-        "attention": f"{cfg.attention}, {cfg.num_attention_heads} heads, hidden size {cfg.hidden_size}",
-        "parameters": f"{checkpoint.num_parameters:,}",
-        "tensors": f"{len(checkpoint.layout):,} in {len(set(checkpoint.files.values()))} file(s)",
-        "type": f"{', '.join(kinds)} on disk, {checkpoint.dtype} when loaded",
-        "memory": f"{_gigabytes(checkpoint.memory())} needed, "
-        + ("free memory unknown" if free is None else f"{_gigabytes(free)} free"),
-    }
-    return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,12 +1,9 @@
-"""Writing text: prefill, the decode loop, sampling, streaming, and `python -m dsv2.generate`."""
+"""Writing text: prefill, the decode loop, sampling, streaming."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,10 +14,7 @@ from dsv2.data import ByteTokenizer
 from dsv2.model import DeepSeekV2
 from dsv2.moe import Routing
 
-SHIPPED_MODEL = Path(__file__).resolve().parent.parent / "data" / "tiny"
-PREFILL_CHUNK = (
-    1024  # tokens of the prompt that go through the model at once: bounds the memory of a long one
-)
+PREFILL_CHUNK = 1024  # tokens of a prompt that go through the model at once: bounds the memory of a long one
 
 
 # ---------------------------------------------------------------------------------------------- sampling
@@ -336,70 +330,3 @@ def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
     if any(not s for s in stop):
         raise ValueError("stop holds an empty string, which would end every text at once; leave it out")
     return stop
-
-
-# ---------------------------------------------------------------------------------------- command line
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m dsv2.generate",
-        description="Write text with a DeepSeek-V2: the small one of the course, or any checkpoint.",
-    )
-    parser.add_argument(
-        "prompt", nargs="?", help="text to continue; without one, prompts are read line by line"
-    )
-    parser.add_argument(
-        "--model", type=Path, default=SHIPPED_MODEL, help="a checkpoint folder (default: the shipped one)"
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0: the likeliest token (default: 0.8)"
-    )
-    parser.add_argument("--top-k", type=int, metavar="K")
-    parser.add_argument("--top-p", type=float, metavar="P")
-    parser.add_argument("--seed", type=int, help="the same text every time")
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end at this text (repeatable)"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args(arguments)
-
-    from dsv2.hf import load_pretrained
-
-    try:
-        model = load_pretrained(options.model, device=options.device)
-        for prompt in [options.prompt] if options.prompt is not None else _typed_prompts():
-            steps = stream(
-                model,
-                prompt,
-                options.max_new_tokens,
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                seed=options.seed,
-                stop=options.stop,
-            )
-            print(prompt, end="", flush=True)
-            for step in steps:
-                print(step.text, end="", flush=True)
-            print()
-    except (ValueError, OSError) as error:
-        print(f"dsv2.generate: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print()
-    return 0
-
-
-def _typed_prompts() -> Iterator[str]:
-    """Lines typed by the reader, until the end of input."""
-    while True:
-        try:
-            yield input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-
-
-if __name__ == "__main__":
-    sys.exit(main())
