@@ -211,7 +211,7 @@ def arithmetic_problems(
     seed: int = 0, split: str = "train", kinds: tuple[str, ...] | None = None, level: int | None = None
 ) -> Iterator[Problem]:
     """An endless stream of problems of one split, of all or some kinds, of level 0 (easy) to 2 or of all
-    levels.
+    levels. Raises ValueError where there is none: the tables of one digit are all for training.
     """
     if split not in ("train", "validation"):
         raise ValueError(f"split must be train or validation, got {split!r}")
@@ -223,11 +223,17 @@ def arithmetic_problems(
     chosen = [entry for entry, name in zip(_KINDS, KINDS) if kinds is None or name in kinds]
     makers, weights = zip(*chosen)
     rng = random.Random(f"{seed} {split}")
+    misses = 0
     while True:
         maker = rng.choices(makers, weights)[0]
         problem = maker(rng, rng.choices((0, 1, 2), (4, 4, 2))[0] if level is None else level)
         if problem.split == split:
+            misses = 0
             yield problem
+        else:
+            misses += 1
+            if misses > 10_000:  # the tables of one digit are all for training
+                raise ValueError(f"there is no {split} problem among kinds={kinds} at level={level}")
 
 
 def arithmetic_documents(max_bytes: int, seed: int = 0, validation_fraction: float = 0.02) -> list[Document]:

@@ -11,6 +11,7 @@ import torch
 
 from dsv2.generate import stream
 from dsv2.hf import load_pretrained
+from dsv2.hf.__main__ import DTYPES
 
 SHIPPED_MODEL = Path(__file__).resolve().parents[2] / "data" / "tiny"
 
@@ -38,10 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--stop", action="append", default=[], metavar="TEXT", help="end at this text (repeatable)"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=sorted(DTYPES),
+        help="of the weights (default: the checkpoint's; fp32 on a CPU, which is slow with fewer bits)",
+    )
     options = parser.parse_args(arguments)
 
     try:
-        model = load_pretrained(options.model, device=options.device)
+        dtype = options.dtype or ("fp32" if options.device == "cpu" else None)
+        model = load_pretrained(options.model, device=options.device, dtype=DTYPES.get(dtype))
         for prompt in [options.prompt] if options.prompt is not None else _typed_prompts():
             steps = stream(
                 model,

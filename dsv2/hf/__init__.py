@@ -726,6 +726,8 @@ def save_pretrained(
         tensors = dict(model.state_dict() if state_dict is None else state_dict)
         _write_weights(model.cfg, tensors, new, max_shard_bytes)
         _write_configs(model, new, tensors["embed.weight"].dtype)
+        for weights in new.glob("*.safetensors"):
+            shutil.copymode(new / "config.json", weights)  # safetensors lets nobody else read
         _carry_over(target, new, model.tokenizer)
         for path in (*new.rglob("*"), new):
             _fsync(path)

@@ -13,7 +13,6 @@ import errno
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -128,15 +127,15 @@ def cut_lines(path: Path, step: int) -> None:
 
 def replace_file(path: Path, content: str) -> None:
     """Write a text file so that it is the old or the new one, never a part."""
-    descriptor, made = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    made = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
+        with open(made, "w", encoding="utf-8", newline="\n") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(made, path)
     except BaseException:
-        Path(made).unlink(missing_ok=True)
+        made.unlink(missing_ok=True)
         raise
 
 

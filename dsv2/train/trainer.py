@@ -301,7 +301,11 @@ class Trainer:
                 room = self.model_config.max_position_embeddings - len(prompt)
                 # A seed of its own: the same random numbers lead different prompts into the same words.
                 seed = self.config.seed + number
-                text = generate(model, prompt, min(max_new_tokens, room), temperature=temperature, seed=seed)
+                # Decoding's shapes are not training's: compiled blocks would be compiled over and over.
+                with torch.compiler.set_stance("force_eager"):
+                    text = generate(
+                        model, prompt, min(max_new_tokens, room), temperature=temperature, seed=seed
+                    )
                 shown = self.tokenizer.decode(prompt)
                 written.append({"step": self.step, "domain": domain, "prompt": shown, "text": text})
             model.train(was_training)
