@@ -433,6 +433,77 @@ def expert_load(
     return finish(last, f"Load of {experts} experts; busiest against the fair share: {', '.join(said)}.")
 
 
+def expert_preferences(
+    routing: Routing,
+    groups: Sequence[str],
+    *,
+    cfg: DSV2Config | None = None,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Which experts are asked about which kind of token: a row for each kind, a column for each expert.
+
+    routing: of one layer, over (1, T). groups: (T,) the kind of each token; rows stand in order of first
+    appearance, with their number of tokens. A cell is the share of that kind's choices which fell on the
+    expert, over the fair share 1/E: 1 for a router that does not care, E/K for an expert that every token of
+    the kind chose. Ratios of at least 2 are written out. cfg: for the devices.
+    """
+    ids = routing.expert_ids.flatten(0, 1).cpu().numpy()
+    if len(groups) != len(ids):
+        raise ValueError(f"groups names {len(groups)} tokens, but routing is over {len(ids)}")
+    experts, k = routing.n_experts, ids.shape[1]
+    names, kinds = list(dict.fromkeys(groups)), np.asarray(groups)
+    counts = np.stack([np.bincount(ids[kinds == name].ravel(), minlength=experts) for name in names])
+    ratios = counts * experts / counts.sum(axis=1, keepdims=True)
+    devices = cfg.n_group if cfg else 1
+    edges, columns = _device_edges(experts, devices)
+    grid = np.ma.array(np.zeros((len(names), len(edges) - 1)), mask=True)
+    grid[:, columns] = ratios
+
+    ax = new_axes(ax, 10.0, 1.6 + 0.46 * len(names), None, left=2.0, right=1.25, bottom=0.85, top=0.5)
+    norm = Normalize(1.0, max(4.0, float(ratios.max())))
+    mesh = ax.pcolormesh(
+        edges,
+        np.arange(len(names) + 1) - 0.5,
+        grid,
+        cmap=style.GLOW,
+        norm=norm,
+        edgecolors=style.PAPER,
+        linewidth=1.5,
+    )
+    mesh.set_gid("preferences")
+    centres = edges[columns] + 0.5
+    for row, expert in zip(*np.nonzero(ratios >= 2)):
+        colour = style.on(style.GLOW(norm(ratios[row, expert])))
+        ax.text(
+            centres[expert],
+            row,
+            f"{ratios[row, expert]:.1f}",
+            ha="center",
+            va="center",
+            fontsize=SMALL,
+            color=colour,
+        )
+    ax.set_yticks(
+        range(len(names)), [f"{n} ({(kinds == n).sum():,})" for n in names], fontsize=SMALL, parse_math=False
+    )
+    if devices > 1:
+        ax.set_xticks(centres.reshape(devices, -1).mean(axis=1), _device_names(devices), fontsize=SMALL)
+    else:
+        ax.set_xticks(centres[:: max(1, experts // 8)], range(0, experts, max(1, experts // 8)))
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.tick_params(axis="both", length=0)
+    ax.spines[["left", "bottom"]].set_visible(False)
+    label(ax, "routed expert, by device" if devices > 1 else "routed expert (number)", None, title)
+    _weight_bar(ax, norm, "times the fair share\n(grey: less)")
+    favourites = [f"{name}: expert {row.argmax()}, {row.max():.1f}x" for name, row in zip(names, ratios)]
+    return finish(
+        ax,
+        f"Choices of {k} of {experts} experts against the fair share, by kind of token. "
+        f"{'; '.join(favourites)}.",
+    )
+
+
 def join_routings(pieces: Sequence[Sequence[Routing]]) -> list[Routing]:
     """One `Routing` per layer over the tokens of all `pieces`, such as the steps of a stream."""
     if not pieces:
@@ -535,7 +606,7 @@ def _token_ticks(ax: Axes, texts: Sequence[str]) -> None:
     )
 
 
-def _weight_bar(ax: Axes, norm: Normalize) -> None:
+def _weight_bar(ax: Axes, norm: Normalize, what: str = "weight") -> None:
     """The scale of colours, beside the axes."""
     beside = ax.inset_axes([1.025, 0.0, 0.022, 1.0])
     bar = ax.figure.colorbar(ScalarMappable(norm, style.GLOW), cax=beside)
@@ -543,7 +614,7 @@ def _weight_bar(ax: Axes, norm: Normalize) -> None:
     bar.ax.tick_params(labelsize=SMALL, length=3, colors=INK)
     bar.locator = MaxNLocator(4)
     bar.update_ticks()
-    bar.set_label("weight", fontsize=SMALL, color=INK)
+    bar.set_label(what, fontsize=SMALL, color=INK)
 
 
 # ----------------------------------------------------------------------------------------------- training
