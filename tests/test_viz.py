@@ -36,6 +36,7 @@ from dsv2.viz import (
     expert_heatmap,
     expert_lights,
     expert_load,
+    expert_preferences,
     human_bytes,
     join_routings,
     live_generation,
@@ -336,6 +337,25 @@ def test_load_counts_choices(routings):
     assert not outside(figure) and not overlaps(figure, texts_of(figure))
 
 
+def test_preferences_are_shares_against_the_fair_share():
+    # 5 tokens, 2 of 4 experts each, on 2 devices. "x" chose 0 and 1 three times, "y" 0 and 3, then 2 and 3.
+    ids = torch.tensor([[[0, 1], [1, 0], [0, 3], [0, 1], [2, 3]]])
+    routing = Routing(ids, torch.ones(1, 5, 2), torch.full((1, 5, 4), 0.25))
+    cfg = CFG.replace(n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=2)
+    figure = expert_preferences(routing, ["x", "x", "y", "x", "y"], cfg=cfg)
+    (mesh,) = [each for each in figure.axes[0].collections if each.get_gid() == "preferences"]
+    shown = mesh.get_array().reshape(2, -1)
+    # By hand: of x's 6 choices 3, 3, 0, 0 against 1.5 each; of y's 4 choices 1, 0, 1, 2 against 1 each.
+    assert shown[0].compressed().tolist() == [2.0, 2.0, 0.0, 0.0]
+    assert shown[1].compressed().tolist() == [1.0, 0.0, 1.0, 2.0]
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts == ["2.0", "2.0", "2.0"]
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["x (3)", "y (2)"]
+    assert "x: expert 0, 2.0x" in describe(figure) and not outside(figure)
+    with pytest.raises(ValueError, match="groups names 3 tokens"):
+        expert_preferences(routing, ["x", "x", "y"])
+
+
 def test_routings_of_steps_join(routings):
     first = [Routing(r.expert_ids[:, :9], r.weights[:, :9], r.scores[:, :9]) for r in routings]
     rest = [Routing(r.expert_ids[:, 9:], r.weights[:, 9:], r.scores[:, 9:]) for r in routings]
@@ -517,6 +537,7 @@ def test_figures_are_readable_and_described(routings):
         expert_heatmap(routings, list(TEXT), 0),
         expert_lights(routings, CFG),
         expert_load(routings[0]),
+        expert_preferences(routings[0], list("ab" * (routings[0].scores[..., 0].numel() // 2))),
         training_curves(metrics()),
         benchmark_bars([{"name": "a", "ours": 2, "peer": 1, "unit": "tokens/s"}]),
     ):

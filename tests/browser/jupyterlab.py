@@ -200,14 +200,16 @@ class OpenNotebook:
 
     def screenshot(self, file: str | Path, whole: bool = False) -> Path:
         """Write a PNG of the window, or of the whole notebook from top to bottom."""
+        window = self.page.viewport_size
         if whole:
             height = self.page.locator(".jp-WindowedPanel-outer").first.evaluate(
                 "panel => panel.scrollHeight"
             )
-            self.page.set_viewport_size({"width": VIEWPORT["width"], "height": min(height + 150, 15000)})
+            self.page.set_viewport_size({**window, "height": min(height + 150, 15000)})
+            self.page.locator(".jp-WindowedPanel-outer").first.evaluate("panel => { panel.scrollTop = 0; }")
             self.page.wait_for_timeout(500)
         self.page.screenshot(path=str(file))
-        self.page.set_viewport_size(VIEWPORT)
+        self.page.set_viewport_size(window)
         return Path(file)
 
 
