@@ -270,7 +270,7 @@ def cache_case(seed: int, batch: int, max_tokens: int, kv_heads: int, dim: int, 
 
 
 def use_cache(make: Callable[..., Any], case: Mapping[str, Any]) -> dict[str, Any]:
-    """Append call by call: what the last call returned, and whether the cache kept its memory and its limit."""
+    """Append call by call: what the last one returned, and whether the cache kept its memory and limit."""
     cache = make(**case["room"])
     memory = cache.keys.data_ptr(), cache.values.data_ptr()
     for keys, values in case["calls"]:
@@ -375,8 +375,8 @@ LAYER_CACHE = Exercise(
         "length = end\n"
         "return slots 0 .. end - 1 of both",
     ),
-    checked="chunks of several sizes, keys and values apart, the same memory throughout, and an error when it "
-    "is full",
+    checked="chunks of several sizes, keys and values apart, the same memory throughout, and an error when "
+    "it is full",
     axes=("text", "token", "kv head", "dim"),
 )
 
@@ -776,8 +776,8 @@ DECODE_LIMITS = Exercise(
         "seconds of a step = (weights + batch * sequence) / bandwidth\n"
         "return batch, batch / seconds",
     ),
-    checked="a batch that leaves no text half in memory, weights read once a step and caches once a text, and "
-    "a model too large for its device",
+    checked="a batch that leaves no text half in memory, weights read once a step and caches once a text, "
+    "and a model too large for its device",
     tolerance=1e-6,
 )
 
