@@ -38,6 +38,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -47,6 +48,7 @@ TO_RUN = "requirements.txt"
 TO_TEST = "requirements-test.txt"
 FIRST_NOTEBOOK = "00_start_here"
 FIRST_PORT = 8888
+ON_EXERCISES = ("check", "hint", "progress", "solution", "reset", "build-exercises")
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 # Free space asked for, in GB: (beside course.py, in the temporary folder that pip downloads into). The whole
@@ -62,6 +64,13 @@ usage: python3 course.py COMMAND [options]
   test [pytest's arguments]                  run the tests and the notebooks, e.g. test -k rope
   bench [arguments]                          run the benchmarks (python -m dsv2.bench)
 
+  check 02 | check 02.3                      check your answers to a chapter's exercises, or to one
+  hint 02.3                                  the next of three hints
+  progress                                   what is done
+  solution 02.3                              the worked solution, when yours has passed
+  reset 02.3                                 begin an exercise again; your version is kept
+  build-exercises                            make exercises/ from solutions/; your changes are kept
+
 The first run makes .venv beside this file and installs what the course needs; later runs start at once.
 Set DSV2_TORCH to choose the PyTorch to install, e.g. DSV2_TORCH="torch==2.11.0".
 """
@@ -74,6 +83,7 @@ class Stop(Exception):
 def main(arguments: list[str]) -> int:
     """Run one command; returns its exit status, or 1 (cannot go on), 2 (no such command), 130 (Ctrl-C)."""
     commands = {"lab": lab, "test": test, "bench": bench}
+    commands.update((word, partial(on_exercises, word)) for word in ON_EXERCISES)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -81,7 +91,7 @@ def main(arguments: list[str]) -> int:
     if name not in commands:
         print(f"course.py: there is no command {name!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
-    if name != "lab" and rest and rest[0] in ("-h", "--help"):
+    if name in ("test", "bench") and rest and rest[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
     # A polite kill also ends pip, which would otherwise go on writing into .venv alone.
@@ -141,6 +151,13 @@ def bench(arguments: list[str]) -> int:
     """Run the benchmarks; they compare with the libraries that the tests need."""
     prepare([TO_RUN, TO_TEST])
     return hand_over(["-m", "dsv2.bench", *arguments], Path.cwd())
+
+
+def on_exercises(command: str, arguments: list[str]) -> int:
+    """Check exercises, and what belongs to that: see dsv2/course/commands.py."""
+    prepare([TO_RUN])
+    # By its path, not with -m: that would load PyTorch before the command is known.
+    return hand_over([str(ROOT / "dsv2" / "course" / "__main__.py"), command, *arguments], Path.cwd())
 
 
 def find_notebook(name: str) -> Path:
