@@ -136,7 +136,9 @@ def course(home, monkeypatch):
 def as_a_program(home: Path, *arguments: str) -> list[str]:
     """The command that runs `course.py ARGUMENTS` of that folder with the fake pip."""
     faking = FAKING.replace("FAKE_PIP_FILE", repr(str(home.parent / "fake_pip.py")))
-    code = f"import sys\nsys.path.insert(0, {str(home)!r})\n{faking}\nsys.exit(course.main(sys.argv[1:]))"
+    # Where the tests run in the background, programs inherit that SIGINT is ignored.
+    code = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += f"sys.path.insert(0, {str(home)!r})\n{faking}\nsys.exit(course.main(sys.argv[1:]))"
     return [sys.executable, "-c", code, *arguments]
 
 
