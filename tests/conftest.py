@@ -34,3 +34,11 @@ def check_types_in_dsv2() -> None:
 
 
 check_types_in_dsv2()
+
+if importlib.util.find_spec("hypothesis"):
+    import hypothesis
+
+    # Tests assert nothing about time: on a busy machine making an example can take as long as it likes.
+    patient = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+    hypothesis.settings.register_profile("patient", **patient)
+    hypothesis.settings.load_profile("patient")
