@@ -159,9 +159,17 @@ def decode(
     returns the logits of what follows each of them. The first call reads the whole prompt, every later one
     the single token just written.
 
-    A prompt of 3 tokens, at positions 0, 1, 2: the tokens written after it stand at positions 3, 4, 5, ...
+    The code below runs, its first two tokens are right, and one of its lines is wrong. Find it.
 
-    This code runs, its first two tokens are right, and one of its lines is wrong. Find it.
+    A model that says where the next token stands. After a prompt of 3, at positions 0, 1, 2:
+
+    >>> class Counting:
+    ...     def new_cache(self, batch, max_tokens):
+    ...         return None
+    ...     def __call__(self, tokens, positions, cache):
+    ...         return torch.nn.functional.one_hot(positions + 1, num_classes=9).float()[None]
+    >>> decode(Counting(), torch.tensor([[7, 7, 7]]), count=4)[0]
+    tensor([[3, 4, 5, 6]])
     """
     cache = model.new_cache(batch=prompt.shape[0], max_tokens=prompt.shape[1] + count)
     written, chosen_by = [], []
@@ -175,4 +183,4 @@ def decode(
         chosen_by.append(logits)
     return torch.cat(written, dim=1), torch.stack(chosen_by, dim=1)
 
-# stub db11b8d1: file f5ba1fdc, 01.1 01971e6e, 01.2 fa58a0be, 01.3 fda2655a, 01.4 87c7fe79, 01.5 ec27e274, 01.6 c0cfa9b9
+# stub c50c7b20: file f5ba1fdc, 01.1 01971e6e, 01.2 fa58a0be, 01.3 fda2655a, 01.4 87c7fe79, 01.5 ec27e274, 01.6 d4caf8da

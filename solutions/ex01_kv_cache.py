@@ -189,9 +189,17 @@ def decode(
     returns the logits of what follows each of them. The first call reads the whole prompt, every later one
     the single token just written.
 
-    A prompt of 3 tokens, at positions 0, 1, 2: the tokens written after it stand at positions 3, 4, 5, ...
+    The code below runs, its first two tokens are right, and one of its lines is wrong. Find it.
 
-    This code runs, its first two tokens are right, and one of its lines is wrong. Find it.
+    A model that says where the next token stands. After a prompt of 3, at positions 0, 1, 2:
+
+    >>> class Counting:
+    ...     def new_cache(self, batch, max_tokens):
+    ...         return None
+    ...     def __call__(self, tokens, positions, cache):
+    ...         return torch.nn.functional.one_hot(positions + 1, num_classes=9).float()[None]
+    >>> decode(Counting(), torch.tensor([[7, 7, 7]]), count=4)[0]
+    tensor([[3, 4, 5, 6]])
     """
     # <solution>
     cache = model.new_cache(batch=prompt.shape[0], max_tokens=prompt.shape[1] + count)

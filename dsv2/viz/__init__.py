@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from dsv2.viz.cache import (
+    attention_intensity,
+    cache_calculator,
+    decode_roofline,
+    decode_work,
+    head_sharing,
+    memory_bars,
+    published_cache,
+    step_times,
+    visible_keys,
+)
 from dsv2.viz.diagrams import chapters_here, course_map, model_diagram
 from dsv2.viz.plots import (
     benchmark_bars,
@@ -24,25 +35,34 @@ from dsv2.viz.widgets import Explorer, LiveGeneration, live_generation, routing_
 __all__ = [
     "Explorer",
     "LiveGeneration",
+    "attention_intensity",
     "benchmark_bars",
     "cache_bars",
     "cache_bytes_per_token",
+    "cache_calculator",
     "cache_growth",
     "chapters_here",
     "course_map",
+    "decode_roofline",
+    "decode_work",
     "describe",
     "expert_heatmap",
     "expert_lights",
     "expert_load",
     "expert_preferences",
+    "head_sharing",
     "human_bytes",
     "join_routings",
     "last_token",
     "live_generation",
+    "memory_bars",
     "model_diagram",
     "png",
+    "published_cache",
     "routing_browser",
     "save",
+    "step_times",
     "training_curves",
     "visible",
+    "visible_keys",
 ]

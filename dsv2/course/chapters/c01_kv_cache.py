@@ -882,8 +882,8 @@ DECODE = Exercise(
     minutes=10,
     answer=decode_loop(),
     cases=(
-        Case("2 prompts of 5 tokens, 6 to write", lambda: decode_case(11, 2, 5, 6)),
-        Case("3 prompts of 4 tokens, 7 to write", lambda: decode_case(12, 3, 4, 7)),
+        Case("2 prompts of 5 tokens, 6 to write", lambda: decode_case(29, 2, 5, 6)),
+        Case("3 prompts of 4 tokens, 7 to write", lambda: decode_case(34, 3, 4, 7)),
     ),
     mistakes=(
         Mistake(
@@ -940,8 +940,8 @@ DECODE = Exercise(
     hints=(
         "The first two tokens are right and the third is not. What is different about the third call of the "
         "model?",
-        "Print `positions` in every step, with a prompt of 3 tokens. They should be [0, 1, 2], then [3], "
-        "then [4]. Which line decides about the next one?",
+        "Run the example of the docstring and print `positions` in every step. They should be [0, 1, 2], "
+        "then [3], then [4]. Which line decides about the next one?",
         "position is where the next token stands: how many tokens have been read so far, in all calls.\n"
         "before the loop: 0\n"
         "after every call: larger by the number of tokens in this call",
