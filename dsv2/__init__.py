@@ -28,6 +28,9 @@ The paper's symbols (arXiv 2405.04434) and the names in this package:
 
 from __future__ import annotations
 
+import importlib
+import os
+
 from dsv2.config import PRESETS, DSV2Config, YarnScaling
 from dsv2.generate import generate, stream
 from dsv2.hf import load_pretrained, save_pretrained
@@ -47,3 +50,6 @@ __all__ = [
     "save_pretrained",
     "stream",
 ]
+
+if "DSV2_IMPL" in os.environ:  # "mine": the learner's passed exercises in the place of the functions here
+    importlib.import_module("dsv2.course.mine").use(os.environ["DSV2_IMPL"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,8 +17,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
 
 # Triton reads a kernel's source text and its bare parameters, so a wrapped kernel does not compile; a wrong
-# type in a configuration is to meet the package's own message.
-UNCHECKED = {"config", "kernels"}
+# type in a configuration is to meet the package's own message; a wrong answer to an exercise is to be judged.
+UNCHECKED = {"config", "course", "kernels"}
 
 
 def check_types_in_dsv2() -> None:
@@ -42,3 +43,26 @@ if importlib.util.find_spec("hypothesis"):
     patient = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
     hypothesis.settings.register_profile("patient", **patient)
     hypothesis.settings.load_profile("patient")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """After the tests of the exercises: a table of the exercises and of the wrong answers they know."""
+    passed = terminalreporter.stats.get("passed", [])
+    tested = {
+        report.nodeid.rpartition("[")[2].rstrip("]")
+        for report in passed
+        if "test_every_mistake_is_rejected_with_its_own_diagnosis" in report.nodeid
+    }
+    if not tested:
+        return
+    from dsv2.course import chapters
+
+    exercises = chapters.resolve(sorted(tested))
+    count = sum(len(exercise.mistakes) for exercise in exercises)
+    terminalreporter.section(
+        f"{len(exercises)} exercises, {count} wrong answers, each with its own diagnosis"
+    )
+    for exercise in exercises:
+        names = "; ".join(mistake.name for mistake in exercise.mistakes)
+        line = f"{exercise.number} {exercise.name} ({len(exercise.mistakes)}): {names}"
+        terminalreporter.write_line(textwrap.fill(line, 110, subsequent_indent="      "))

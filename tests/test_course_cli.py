@@ -188,7 +188,7 @@ def test_an_old_python_gets_a_sentence(minor):
 def test_help_names_every_command_and_nothing_else(course, capsys):
     assert course.main(["--help"]) == 0
     shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert shown == ["lab", "test", "bench"]
+    assert shown == ["lab", "test", "bench", *course.ON_EXERCISES]
 
 
 @pytest.mark.parametrize("arguments", [[], ["labb"], ["--port", "8888"]])
@@ -601,6 +601,14 @@ def test_test_ends_as_pytest_does(course, home, tmp_path, status):
     assert str(home) in started
     assert started.endswith("['--nbval-lax', '--nbval-current-env', 'tests/test_x.py', '-k', 'y']")
     assert closing == "== closing line =="
+
+
+@pytest.mark.parametrize("command", ["check", "hint", "progress", "solution", "reset", "build-exercises"])
+def test_commands_on_exercises_run_where_the_reader_is(ready, home, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    assert ready.main([command, "02.3", "--help"]) == 0
+    script = str(home / "dsv2" / "course" / "__main__.py")
+    assert ready.started == [([script, command, "02.3", "--help"], tmp_path)]
 
 
 def test_bench_runs_the_package_where_the_reader_is(ready, tmp_path, monkeypatch):

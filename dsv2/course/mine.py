@@ -21,7 +21,7 @@ _swapped: list[tuple[str, Any, Any]] = []
 
 
 def use(implementation: str, folders: Folders = HERE) -> None:
-    """Run dsv2 on the learner's passed functions ("mine") or on its own ("reference"); prints whose it runs on.
+    """Run dsv2 on the learner's passed functions ("mine") or its own ("reference"); prints which are whose.
 
     An exercise that is not finished, or that has changed since it passed, stays the reference. Modules built
     before go on with what their code finds: they too run on the learner's functions from now on.

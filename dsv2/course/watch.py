@@ -23,6 +23,7 @@ from dsv2.course.verdict import Verdict
 SECONDS = 20.0  # for one exercise, all cases together
 SECONDS_TO_START = 180.0  # for PyTorch on a slow disk
 LINES_KEPT, LONGEST_LINE = 8, 200
+END_OF_OUTPUT = b"\0 end of what this printed: "  # written by the worker after each exercise
 
 
 class WorkerBroken(RuntimeError):
@@ -61,7 +62,7 @@ def _one_process(numbers: list[str], folders: Folders, seconds: float) -> Iterat
                     case = event["index"]
                 elif kind == "verdict":
                     verdict = Verdict.from_json(event["verdict"])
-                    verdict.printed = worker.printed()
+                    verdict.printed = worker.printed(current)
                     done.add(current)
                     current, deadline = "", time.monotonic() + SECONDS_TO_START
                     yield verdict
@@ -110,6 +111,8 @@ class Worker:
         self.folder = Path(tempfile.mkdtemp(prefix="dsv2-check-"))
         self.file, self.read_to, self.rest = self.folder / "events", 0, b""
         self.lines: deque[bytes] = deque(maxlen=LINES_KEPT)
+        self.of: dict[str, list[bytes]] = {}  # the last lines of each exercise that has come to its end
+        self.progressed = threading.Condition()
         request = {"home": str(folders.home), "chapters": str(folders.chapters), "numbers": numbers}
         variables = {name: value for name, value in os.environ.items() if name != "DSV2_IMPL"}
         variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [variables.get("PYTHONPATH")])])
@@ -131,7 +134,14 @@ class Worker:
         line, output = b"", self.process.stdout
         while block := os.read(output.fileno(), 1 << 16):
             *whole, line = (line + block).split(b"\n")
-            self.lines.extend(text[-LONGEST_LINE:] for text in whole[-LINES_KEPT:])
+            for text in whole:
+                if text.startswith(END_OF_OUTPUT):
+                    with self.progressed:
+                        self.of[text[len(END_OF_OUTPUT) :].decode()] = list(self.lines)
+                        self.lines.clear()
+                        self.progressed.notify_all()
+                else:
+                    self.lines.append(text[-LONGEST_LINE:])
             line = line[-LONGEST_LINE:]
         if line:
             self.lines.append(line)
@@ -148,14 +158,16 @@ class Worker:
         *whole, self.rest = (self.rest + block).split(b"\n")
         return [json.loads(line) for line in whole]
 
-    def printed(self) -> list[str]:
-        """The last lines that were printed since the last call."""
-        if self.ended():
-            self.reader.join(timeout=1)
+    def printed(self, number: str = "") -> list[str]:
+        """The last lines that an exercise printed; without a number, of the one that came to no end."""
+        if number:  # the end of its output may still be on its way
+            with self.progressed:
+                self.progressed.wait_for(lambda: number in self.of, timeout=1)
+            lines = self.of.get(number, [])
         else:
-            time.sleep(0.02)  # what was printed just before an event is still on its way
-        kept = [line.decode(errors="replace").rstrip() for line in list(self.lines)]
-        self.lines.clear()
+            self.reader.join(timeout=1)
+            lines = list(self.lines)
+        kept = [line.decode(errors="replace").rstrip() for line in lines]
         while kept and not kept[-1]:
             kept.pop()
         return kept

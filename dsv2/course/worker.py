@@ -7,6 +7,7 @@ needs no open stream, so that it survives code that closes or floods them. `dsv2
 from __future__ import annotations
 
 import importlib.machinery
+import io
 import json
 import linecache
 import os
@@ -21,9 +22,10 @@ from dsv2.course.folders import Folders
 from dsv2.course.judge import describe_error, judge, line_of, right_outcomes
 from dsv2.course.spec import Exercise
 from dsv2.course.verdict import Verdict
+from dsv2.course.watch import END_OF_OUTPUT
 
 
-def serve(request: dict[str, Any], tell: Callable[..., None]) -> None:
+def serve(request: dict[str, Any], tell: Callable[..., None], output: Output) -> None:
     """Judge the exercises that a request names, telling each step."""
     folders = Folders(Path(request["home"]), Path(request["chapters"]))
     try:
@@ -47,15 +49,46 @@ def serve(request: dict[str, Any], tell: Callable[..., None]) -> None:
         ],
     )
     loaded: dict[Path, LearnersFile] = {}
-    for exercise in exercises:
+    expected = [right_outcomes(exercise) for exercise in exercises]  # before a stranger's code has run
+    for exercise, outcomes in zip(exercises, expected, strict=True):
         path = folders.exercise(files[exercise.chapter])
-        expected = right_outcomes(exercise)  # before a stranger's code has run
         tell("start", number=exercise.number)
+        output.begin()
         if path not in loaded:
             loaded[path] = LearnersFile(path)
-        verdict = loaded[path].judged(exercise, lambda case: tell("case", index=case), expected)
+        verdict = loaded[path].judged(exercise, lambda case: tell("case", index=case), outcomes)
         verdict.file = path.name
+        output.end(exercise.number)
         tell("verdict", verdict=verdict.as_json())
+
+
+class Output:
+    """What the process prints, exercise by exercise: each begins with open streams and ends with a mark."""
+
+    def __init__(self) -> None:
+        self.descriptor, self.write, self.duplicate = os.dup(1), os.write, os.dup2
+        self.nothing = os.open(os.devnull, os.O_RDONLY)
+
+    def begin(self) -> None:
+        """Point the streams to where they went at first, whatever has become of them; there is no input."""
+        self.duplicate(self.nothing, 0)
+        sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False))
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            self.duplicate(self.descriptor, number)
+            raw = io.FileIO(number, "w", closefd=False)
+            setattr(sys, name, io.TextIOWrapper(raw, "utf-8", errors="replace", write_through=True))
+
+    def end(self, number: str) -> None:
+        """Mark the end of an exercise's output."""
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except Exception:  # closed, or no stream at all
+                pass
+        try:
+            self.write(self.descriptor, b"\n" + END_OF_OUTPUT + number.encode() + b"\n")
+        except OSError:  # the exercise closed all there is; its output has no end
+            pass
 
 
 class LearnersFile:
@@ -124,9 +157,19 @@ def run_file(path: Path) -> dict[str, Any]:
     return module.__dict__
 
 
+def leave_no_core_file() -> None:
+    """Let a crash of the learner's code leave no image of the memory in the course's folder."""
+    try:
+        import resource
+    except ImportError:  # on Windows, which leaves none
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
 def main(events: str, request: str) -> None:
     """Serve a request, then end at once, whatever threads and exit hooks the learner's code has left."""
     sys.dont_write_bytecode = True
+    leave_no_core_file()
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     opened, write, close, encode, leave = os.open, os.write, os.close, json.dumps, os._exit
 
@@ -137,17 +180,12 @@ def main(events: str, request: str) -> None:
 
     status = 0
     try:
-        serve(json.loads(request), tell)
+        serve(json.loads(request), tell, Output())
     except BaseException as error:
         import traceback
 
         tell("broken", message="".join(traceback.format_exception(error)))
         status = 1
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except Exception:
-            pass
     leave(status)
 
 
