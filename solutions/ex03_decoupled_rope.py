@@ -1,0 +1,202 @@
+"""Chapter 03: positions as rotations, and the separate rotary key that keeps MLA cheap.
+
+Six exercises: the speeds of the rotation, the rotation itself, what it puts between a query and a latent, the
+scores of DeepSeek-V2 with their rotary part of its own, the order of channels in which other code expects
+them, and a cache of rotary keys with a bug in it.
+
+    python3 course.py check 03        all of this chapter
+    python3 course.py check 03.1      one exercise
+    python3 course.py hint 03.1       a hint; again, for a plainer one
+
+`rope` below is the package's own module: where an exercise has to rotate, it may call rope.rotate_pairs, so
+that no exercise waits for another one.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dsv2 import rope
+
+
+# exercise 03.1
+def rope_frequencies(dim: int, theta: float = 10000.0) -> Float[Tensor, " pairs"]:
+    """How far each pair of channels turns from one position to the next, in radians; the fastest first.
+
+        f_i = theta^(-2i / dim)      for i = 0 .. dim/2 - 1        (RoFormer, section 3.2.2)
+
+    dim: channels that are rotated; two of them make a pair. Returned as float32.
+
+    Two pairs: 100^(-0/4) and 100^(-2/4).
+
+    >>> rope_frequencies(4, theta=100.0)
+    tensor([1.0000, 0.1000])
+    """
+    # <solution>
+    # 0, 2, 4, ... dim - 2: this is 2i, one entry for each pair.
+    twice_i = torch.arange(0, dim, 2, dtype=torch.float32)
+    # From 1 radian a position downwards, each pair slower than the one before by the same factor.
+    return theta ** -(twice_i / dim)
+    # </solution>
+
+
+# exercise 03.2
+def rotate_pairs(
+    x: Float[Tensor, "... tokens heads channels"],
+    cos: Float[Tensor, "... tokens pairs"],
+    sin: Float[Tensor, "... tokens pairs"],
+) -> Float[Tensor, "... tokens heads channels"]:
+    """Turn each pair of neighbouring channels by the angle of its token and pair; heads turn alike.
+
+        (x_0, x_1)  ->  (x_0 cos - x_1 sin,  x_0 sin + x_1 cos)        (RoFormer, equation 34)
+
+    Channels 0 and 1 are the first pair, 2 and 3 the second, and so on; the result has them in the same order.
+    cos, sin: of the angles position * f_i. Computed in float32, whatever x is, and returned in x's type.
+
+    A quarter turn has cos 0 and sin 1: (3, 4) becomes (-4, 3).
+
+    >>> quarter = torch.zeros(1, 1), torch.ones(1, 1)
+    >>> rotate_pairs(torch.tensor([[[3.0, 4.0]]]), *quarter)
+    tensor([[[-4.,  3.]]])
+    """
+    # <solution>
+    # (..., channels) -> (..., pairs, 2), and the two halves of every pair apart.
+    x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (..., tokens, heads, pairs)
+    # The angle belongs to the token. A new axis for the heads, or PyTorch would line tokens up with heads.
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., tokens, 1, pairs)
+    turned = torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)  # the pairs' two halves side by side again
+    # </solution>
+
+
+# exercise 03.3
+def matrix_between(
+    w_uk: Float[Tensor, "channels latent"], frequencies: Float[Tensor, " pairs"], distance: int
+) -> Float[Tensor, "channels latent"]:
+    """The matrix M with  q^T M c  =  (R_n q) . (R_m W^UK c),  if the whole key of a head were rotated.
+
+        M = R_n^T R_m W^UK = R_(m - n) W^UK        (DeepSeek-V2, section 2.1.3)
+
+    R_p turns each pair of neighbouring channels by p * f_i. The query stands at position n, the key at m, and
+    distance = n - m: how far back the query looks. Without rotation M is W^UK itself, the same for all
+    tokens, which is what may be multiplied into the query once and for all.
+
+    A frequency of a quarter turn and a distance of 1: (2, 3), the only column, turns back by a quarter.
+
+    >>> matrix_between(torch.tensor([[2.0], [3.0]]), torch.tensor([torch.pi / 2]), 1).round()
+    tensor([[ 3.],
+            [-2.]])
+    """
+    # <solution>
+    # Transposing a rotation turns it back: R_n^T = R_(-n). Two turns after one another add up, and only
+    # m - n is left: the key lies `distance` behind the query, so the columns turn by -distance.
+    angles = -distance * frequencies
+    # rotate_pairs turns vectors that stand along the last axis: one token, the columns in place of heads.
+    columns = w_uk.T[None]  # (1, latent, channels)
+    return rope.rotate_pairs(columns, angles.cos()[None], angles.sin()[None])[0].T
+    # </solution>
+
+
+# exercise 03.4
+def decoupled_scores(
+    q_nope: Float[Tensor, "batch tokens heads nope"],
+    q_rope: Float[Tensor, "batch tokens heads rope"],
+    k_nope: Float[Tensor, "batch keys heads nope"],
+    k_rope: Float[Tensor, "batch keys rope"],
+) -> Float[Tensor, "batch heads tokens keys"]:
+    """DeepSeek-V2's attention scores before the softmax: content and position apart.
+
+        q_(t,i) = [q^C_(t,i); q^R_(t,i)],  k_(j,i) = [k^C_(j,i); k^R_j]           (equations 16, 17)
+        score = q_(t,i)^T k_(j,i) / sqrt(d_h + d_h^R)                            (inside equation 18)
+
+    q_rope and k_rope are rotated already. Every head has a q_rope of its own; k_rope is one for all heads.
+    There is no mask here: every query meets every key.
+
+    One token, one head, two channels in either part: (1*3 + 2*1 + 1*3 + 0*5) / sqrt(2 + 2).
+
+    >>> q_nope, k_nope = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1.0])
+    >>> q_rope, k_rope = torch.tensor([1.0, 0.0]), torch.tensor([3.0, 5.0])
+    >>> heads = [x.reshape(1, 1, 1, 2) for x in (q_nope, q_rope, k_nope)]
+    >>> decoupled_scores(*heads, k_rope.reshape(1, 1, 2)).item()
+    4.0
+    """
+    # <solution>
+    # The product of two joined vectors is the sum of the products of their parts.
+    content = torch.einsum("bthn,bshn->bhts", q_nope, k_nope)
+    position = torch.einsum("bthr,bsr->bhts", q_rope, k_rope)  # no h in k_rope: all heads read the same key
+    # The sum runs over both parts' channels, so both count in the scale.
+    return (content + position) / (q_nope.shape[-1] + q_rope.shape[-1]) ** 0.5
+    # </solution>
+
+
+# exercise 03.5
+def rotary_rows_to_halves(
+    weight: Float[Tensor, "heads*(nope+rope) hidden"], nope: int, rope: int
+) -> Float[Tensor, "heads*(nope+rope) hidden"]:
+    """A query's or key's weights for code that pairs channel i with i + rope/2, not with its neighbour.
+
+    The weight's rows are its outputs: for every head `nope` rows without position, then `rope` rotary ones.
+    Those of a released checkpoint make neighbouring pairs, (0, 1), (2, 3), ... Much other code expects the
+    first members of all pairs before the second ones: 0, 2, 4, ... and then 1, 3, 5, ... Only the rotary rows
+    of each head move. The scores stay what they are if queries and keys are both reordered.
+
+    One head with 1 row without position (row 0) and 6 rotary ones (rows 1 to 6):
+
+    >>> rotary_rows_to_halves(torch.arange(7.0)[:, None], nope=1, rope=6).flatten().tolist()
+    [0.0, 1.0, 3.0, 5.0, 2.0, 4.0, 6.0]
+    """
+    # <solution>
+    order = torch.cat((torch.arange(0, rope, 2), torch.arange(1, rope, 2)))  # 0 2 4 ... 1 3 5 ...
+    # The order within one head: its first `nope` rows stay, the rotary ones behind them are dealt anew.
+    order = torch.cat((torch.arange(nope), nope + order))
+    by_head = weight.unflatten(0, (-1, nope + rope))  # (heads, nope + rope, hidden)
+    return by_head[:, order].flatten(0, 1)
+    # </solution>
+
+
+# exercise 03.6
+class RotaryCache:
+    """The rotary keys k^R of one layer, stored rotated, and the rotary part of the scores against them.
+
+    keys: (batch, max_tokens, channels), shared by all heads; length: how many tokens are stored.
+    """
+
+    def __init__(self, batch: int, max_tokens: int, frequencies: Float[Tensor, " pairs"]):
+        self.frequencies = frequencies
+        self.keys = torch.zeros(batch, max_tokens, 2 * len(frequencies))
+        self.length = 0
+
+    def append(
+        self, q: Float[Tensor, "batch tokens heads channels"], k: Float[Tensor, "batch tokens channels"]
+    ) -> Float[Tensor, "batch heads tokens length"]:
+        """Rotate the next tokens' queries and keys, store the keys; returns q^R . k^R with all keys so far.
+
+        q and k come as they leave their matrices: not rotated yet. (Not scaled, and without a mask.)
+
+        Three tokens and then one more: the last score is that of a query and a key at the same place, so no
+        rotation is left in it, and the one before it has turned by one position.
+
+        This code runs, its first call is right, and one of its lines is wrong. Find it.
+        """
+        # <solution>
+        start, end = self.length, self.length + k.shape[1]
+        # New tokens stand behind what is stored: their positions go on from there.
+        angles = torch.arange(start, end)[:, None] * self.frequencies  # (tokens, pairs)
+        cos, sin = angles.cos(), angles.sin()
+        q = rope.rotate_pairs(q, cos, sin)
+        # Turned once, when it is stored: where a token stands never changes.
+        self.keys[:, start:end] = rope.rotate_pairs(k[:, :, None], cos, sin)[:, :, 0]
+        self.length = end
+        return torch.einsum("bthr,bsr->bhts", q, self.keys[:, :end])
+        # <given>
+        #| start, end = self.length, self.length + k.shape[1]
+        #| angles = torch.arange(k.shape[1])[:, None] * self.frequencies  # (tokens, pairs)
+        #| cos, sin = angles.cos(), angles.sin()
+        #| q = rope.rotate_pairs(q, cos, sin)
+        #| self.keys[:, start:end] = rope.rotate_pairs(k[:, :, None], cos, sin)[:, :, 0]
+        #| self.length = end
+        #| return torch.einsum("bthr,bsr->bhts", q, self.keys[:, :end])
+        # </given>
+        # </solution>
