@@ -29,6 +29,7 @@ from dsv2.viz.plots import (
     training_curves,
     visible,
 )
+from dsv2.viz.roofline import forms_crossing, forms_times, roofline_explorer, two_forms
 from dsv2.viz.style import describe, png, save
 from dsv2.viz.widgets import Explorer, LiveGeneration, live_generation, routing_browser
 
@@ -50,6 +51,8 @@ __all__ = [
     "expert_lights",
     "expert_load",
     "expert_preferences",
+    "forms_crossing",
+    "forms_times",
     "head_sharing",
     "human_bytes",
     "join_routings",
@@ -59,10 +62,12 @@ __all__ = [
     "model_diagram",
     "png",
     "published_cache",
+    "roofline_explorer",
     "routing_browser",
     "save",
     "step_times",
     "training_curves",
+    "two_forms",
     "visible",
     "visible_keys",
 ]
