@@ -646,16 +646,20 @@ def cache_calculator(model: str = "LLaMA3 70B", context: int = 128 * 1024) -> Ex
     models, devices = _models(), _devices()
     if model not in models:
         raise ValueError(f"model={model!r} is unknown; choose one of {', '.join(models)}")
-    about = {"style": {"description_width": "115px"}, "layout": ipywidgets.Layout(width="350px")}
+
+    def about(name: str) -> dict:
+        # Each has a layout of its own: some are hidden while others are shown.
+        layout = ipywidgets.Layout(width="345px")
+        return {"description": name, "style": {"description_width": "115px"}, "layout": layout}
 
     def steps(name: str, options: Sequence[int], value: int, text=str) -> ipywidgets.SelectionSlider:
         pairs = [(text(option), option) for option in options]
-        return ipywidgets.SelectionSlider(options=pairs, value=value, description=name, **about)
+        return ipywidgets.SelectionSlider(options=pairs, value=value, **about(name))
 
     bits = {"16 bits": 16, "8 bits": 8, "6 bits": 6, "4 bits": 4}
     controls = {
-        "model": ipywidgets.Dropdown(options=[*models, OWN], value=model, description="model", **about),
-        "layers": ipywidgets.IntSlider(32, min=1, max=128, description="layers", **about),
+        "model": ipywidgets.Dropdown(options=[*models, OWN], value=model, **about("model")),
+        "layers": ipywidgets.IntSlider(32, min=1, max=128, **about("layers")),
         "heads": steps("query heads", HEADS, 32),
         "kv_heads": steps("key/value heads", HEADS, 8),
         "head_dim": steps("head_dim", (32, 64, 96, 128, 192, 256), 128),
@@ -665,16 +669,15 @@ def cache_calculator(model: str = "LLaMA3 70B", context: int = 128 * 1024) -> Ex
             min=-1,
             max=3,
             step=0.05,
-            description="10⁹ parameters",
             readout_format=".3g",
-            **about,
+            **about("10⁹ parameters"),
         ),
         "context": steps("tokens of context", CONTEXTS, context, tokens_text),
         "batch": steps("texts (batch)", BATCHES, 1),
-        "cache_bits": ipywidgets.Dropdown(options=bits, value=16, description="cache", **about),
-        "device": ipywidgets.Dropdown(options=list(devices), description="device", **about),
+        "cache_bits": ipywidgets.Dropdown(options=bits, value=16, **about("cache")),
+        "device": ipywidgets.Dropdown(options=list(devices), **about("device")),
         "gpus": steps("how many", GPUS, 8),
-        "weight_bits": ipywidgets.Dropdown(options=bits, value=16, description="weights", **about),
+        "weight_bits": ipywidgets.Dropdown(options=bits, value=16, **about("weights")),
     }
     own = [controls[name] for name in ("layers", "heads", "kv_heads", "head_dim", "billions")]
 
