@@ -183,4 +183,4 @@ def decode(
         chosen_by.append(logits)
     return torch.cat(written, dim=1), torch.stack(chosen_by, dim=1)
 
-# stub c50c7b20: file f5ba1fdc, 01.1 01971e6e, 01.2 fa58a0be, 01.3 fda2655a, 01.4 87c7fe79, 01.5 ec27e274, 01.6 d4caf8da
+# stub c50c7b: file f5ba1f, 01.1 01971e, 01.2 fa58a0, 01.3 fda265, 01.4 87c7fe, 01.5 ec27e2, 01.6 d4caf8

@@ -190,4 +190,4 @@ def read_kv_b_proj(
     k, v = both.split([heads * nope, heads * value], dim=-1)
     return k.unflatten(-1, (heads, nope)), v.unflatten(-1, (heads, value))
 
-# stub b1da12b4: file 6e63bf82, 02.1 3a08627b, 02.2 bfdcbc28, 02.3 6cb2ea9e, 02.4 c9fd91b1, 02.5 21357000, 02.6 8bb77c46
+# stub b1da12: file 6e63bf, 02.1 3a0862, 02.2 bfdcbc, 02.3 6cb2ea, 02.4 c9fd91, 02.5 213570, 02.6 8bb77c

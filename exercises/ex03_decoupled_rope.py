@@ -169,4 +169,4 @@ class RotaryCache:
         self.length = end
         return torch.einsum("bthr,bsr->bhts", q, self.keys[:, :end])
 
-# stub c830b5ed: file e07d6ae0, 03.1 9c2529ad, 03.2 6b08a657, 03.3 f8b2d964, 03.4 e44ac4d2, 03.5 84853c2c, 03.6 66cfa88b
+# stub c830b5: file e07d6a, 03.1 9c2529, 03.2 6b08a6, 03.3 f8b2d9, 03.4 e44ac4, 03.5 84853c, 03.6 66cfa8

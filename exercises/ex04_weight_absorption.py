@@ -173,4 +173,4 @@ def decode_step(
     mixture = torch.einsum("bhts,bsc->bthc", weights, latent)
     return torch.einsum("bthc,hvc->bthv", mixture, w_uv)
 
-# stub e02ab11d: file de7872c2, 04.1 c7d63be6, 04.2 b0eec387, 04.3 b4a1df37, 04.4 e42a07bb, 04.5 e9b285c6, 04.6 c4299779
+# stub e02ab1: file de7872, 04.1 c7d63b, 04.2 b0eec3, 04.3 b4a1df, 04.4 e42a07, 04.5 e9b285, 04.6 c42997

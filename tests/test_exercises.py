@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import doctest
 import functools
 import inspect
@@ -487,6 +488,19 @@ def test_a_result_of_another_kind(double, answer, expected, yours):
 def test_swapped_axes_are_said_to_be_swapped(double):
     verdict = judge(double, lambda x: (2 * x).T)
     assert "another order" in found(verdict)["so"] and verdict.mistake == "transposed"
+
+
+def test_an_exception_is_taken_for_a_known_one_only_if_it_is_the_same(toy):
+    def broken(x):
+        return torch.ones(9) + x
+
+    exercise = dataclasses.replace(
+        chapters.load(toy.chapters / "c01_toy.py")[0],
+        mistakes=(Mistake("misshapen", "This adds nine numbers. They do not fit.", broken),),
+    )
+    assert judge(exercise, lambda x: torch.ones(9) + x).mistake == "misshapen"
+    other = judge(exercise, lambda x: x @ x)
+    assert other.status == "raised" and not other.mistake
 
 
 def test_nan(double):

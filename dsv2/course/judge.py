@@ -148,9 +148,9 @@ def diagnose(exercise: Exercise, outcomes: Sequence[Outcome]) -> Mistake | None:
 
 
 def alike(exercise: Exercise, one: Outcome, other: Outcome) -> bool:
-    """Whether two outcomes are the same: equal values and arguments, or the same kind of exception."""
+    """Whether two outcomes are the same: equal values and arguments, or the same exception."""
     if one.error is not None or other.error is not None:
-        return type(one.error) is type(other.error)
+        return one.error is not None and other.error is not None and raised(one.error) == raised(other.error)
     if compare(one.value, other.value, exercise.axes, exercise.tolerance):
         return False
     return not any(
@@ -354,9 +354,9 @@ def _compare_numbers(actual: Any, expected: Any, tolerance: float) -> Lines:
     found = [("expected", _number(expected, actual)), ("yours", _number(actual, expected))]
     try:
         ratio = actual / expected
-        if math.isfinite(ratio) and ratio > 0:
+        if 1e-4 < ratio < 1e4:
             found.append(("so", f"yours is {ratio:.6g} times what is expected"))
-    except (ArithmeticError, TypeError, ValueError):
+    except (ArithmeticError, TypeError, ValueError):  # zero, complex, or too large
         pass
     return found
 
@@ -374,15 +374,20 @@ def _compare_strings(actual: Any, expected: str) -> Lines:
 # ------------------------------------------------------------------------------------------------- exceptions
 
 
-def describe_error(error: BaseException) -> Lines:
-    """An exception in words: its type and message, and what it means where the type alone does not say."""
+def raised(error: BaseException) -> str:
+    """An exception's type and message: "ValueError: the cache is full"."""
     try:
         message = str(error)
     except Exception:
         message = "(its message cannot be shown)"
-    if len(message) > LONGEST:
-        message = message[:LONGEST] + " ..."
-    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def describe_error(error: BaseException) -> Lines:
+    """An exception in words: its type and message, and what it means where the type alone does not say."""
+    text = raised(error)
+    if len(text) > LONGEST:
+        text = text[:LONGEST] + " ..."
     meaning = {
         SystemExit: "your code asked Python to end",
         KeyboardInterrupt: "your code interrupted itself",

@@ -81,13 +81,14 @@ def verdict_card(verdict: Verdict, entry: Entry, place: str = TERMINAL) -> Card:
     if verdict.line:
         where = f"line {verdict.line} of exercises/{verdict.file}"
         lines.append(("at", f"{where}: {verdict.code}" if verdict.code else where))
-    if verdict.printed:
-        lines.append(("printed", "\n".join(verdict.printed)))
+    printed = [("printed", "\n".join(verdict.printed))] if verdict.printed else []
     if verdict.given and verdict.untouched:
         lines.append(
             ("the hunt", "this is the code as it was given: find what is wrong with it, and mend it")
         )
-        return Card(f"{title}: a bug hunt, not started yet", "open", lines, closing=f"For a hint: {hint}")
+        return Card(
+            f"{title}: a bug hunt, not started yet", "open", lines + printed, closing=f"For a hint: {hint}"
+        )
     if verdict.given and verdict.mistake == verdict.given:
         lines.append(("likely", "the bug that was given is still there: the results are the same as before"))
     elif verdict.diagnosis:
@@ -100,7 +101,7 @@ def verdict_card(verdict: Verdict, entry: Entry, place: str = TERMINAL) -> Card:
         closing = f"All hints seen. The worked solution: {insist}"
     if verdict.status == "missing":
         closing = f"To put the exercise back as it was: python3 course.py reset {verdict.number}"
-    return Card(f"{title}: {words[verdict.status]}", "bad", lines, closing=closing)
+    return Card(f"{title}: {words[verdict.status]}", "bad", lines + printed, closing=closing)
 
 
 def hint_card(exercise: Exercise, level: int, place: str = TERMINAL) -> Card:
@@ -196,13 +197,17 @@ def as_html(card: Card) -> str:
         f'<td style="{cell};opacity:.7;white-space:nowrap">{html.escape(label)}</td>'
         f'<td style="{cell};white-space:pre-wrap">{html.escape(said)}</td></tr>'
         for label, said in card.lines
+        if label
     )
     parts = [f"<strong>{html.escape(card.heading)}</strong>"]
+    for label, said in card.lines:
+        if not label:
+            parts.append(f'<div style="margin-top:6px;white-space:pre-wrap">{html.escape(said)}</div>')
     if rows:
         parts.append(f'<table style="margin:6px 0 0 0;border:none;font-size:inherit">{rows}</table>')
     if card.code:
         style = (
-            "margin:8px 0 0 0;overflow-x:auto;font-size:.95em;line-height:1.4;background:none;color:inherit"
+            "margin:8px 0 0 0;overflow-x:auto;white-space:pre;word-break:normal;background:none;color:inherit"
         )
         parts.append(f'<pre style="{style}">{html.escape(card.code.rstrip())}</pre>')
     if card.closing:

@@ -21,7 +21,7 @@ from dsv2.course.spec import Exercise
 
 MARK = re.compile(r"# exercise (\d\d\.\d+)$")
 HEADER = re.compile(r"# exercise (\d\d\.\d+)\b")
-RECORD = re.compile(r"# stub ([0-9a-f]{8}):((?: (?:file|\d\d\.\d+) [0-9a-f]{8},?)+)$")
+RECORD = re.compile(r"# stub ([0-9a-f]{6,8}):((?: (?:file|\d\d\.\d+) [0-9a-f]{6,8},?)+)$")
 GIVEN = re.compile(r"(\s*)#\| ?(.*)$")
 TOP = "file"  # what stands before the first exercise
 
@@ -147,8 +147,8 @@ def parts(text: str) -> dict[str, str]:
 
 
 def digest(text: str) -> str:
-    """Eight letters that stand for a text, whatever its line ends."""
-    return hashlib.sha256("\n".join(text.split("\n")).strip().encode()).hexdigest()[:8]
+    """Six letters that stand for a text."""
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:6]
 
 
 def record_line(text: str) -> str:
