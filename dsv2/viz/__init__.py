@@ -14,6 +14,7 @@ from dsv2.viz.cache import (
     visible_keys,
 )
 from dsv2.viz.diagrams import chapters_here, course_map, model_diagram
+from dsv2.viz.latent import latent_explorer, latent_sizes, loss_against_cache, rank_curves
 from dsv2.viz.plots import (
     benchmark_bars,
     cache_bars,
@@ -30,18 +31,29 @@ from dsv2.viz.plots import (
     visible,
 )
 from dsv2.viz.roofline import forms_crossing, forms_times, roofline_explorer, two_forms
+from dsv2.viz.rope import (
+    absorption_errors,
+    channel_layouts,
+    pair_cosines,
+    position_losses,
+    rope_clocks,
+    rope_wavelengths,
+    rotation_clocks,
+)
 from dsv2.viz.style import describe, png, save
 from dsv2.viz.widgets import Explorer, LiveGeneration, live_generation, routing_browser
 
 __all__ = [
     "Explorer",
     "LiveGeneration",
+    "absorption_errors",
     "attention_intensity",
     "benchmark_bars",
     "cache_bars",
     "cache_bytes_per_token",
     "cache_calculator",
     "cache_growth",
+    "channel_layouts",
     "chapters_here",
     "course_map",
     "decode_roofline",
@@ -57,12 +69,21 @@ __all__ = [
     "human_bytes",
     "join_routings",
     "last_token",
+    "latent_explorer",
+    "latent_sizes",
     "live_generation",
+    "loss_against_cache",
     "memory_bars",
     "model_diagram",
+    "pair_cosines",
     "png",
+    "position_losses",
     "published_cache",
+    "rank_curves",
     "roofline_explorer",
+    "rope_clocks",
+    "rope_wavelengths",
+    "rotation_clocks",
     "routing_browser",
     "save",
     "step_times",

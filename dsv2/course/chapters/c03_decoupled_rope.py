@@ -258,7 +258,7 @@ ROTATE_PAIRS = Exercise(
         "x has an axis for the heads and cos has none. Which axes does PyTorch line up when you write x * "
         "cos, and which should it line up?",
         'As under "A pair of channels is a clock hand" in the notebook, but with heads: x becomes '
-        "(..., tokens, heads, pairs, 2) and cos has to be (..., tokens, 1, pairs). x[..., 0::2] are the first "
+        "(..., tokens, heads, pairs, 2), cos has to be (..., tokens, 1, pairs). x[..., 0::2] are the first "
         "members of all pairs; torch.stack(..., dim=-1) and .flatten(-2) put two tensors together in turn.",
         "x0, x1 = first and second members of the pairs, in float32\n"
         "cos, sin: a new axis of size 1 for the heads\n"
@@ -802,8 +802,8 @@ ROTARY_CACHE = Exercise(
         ),
         Mistake(
             "counted from the end",
-            "The first new token is said to stand where the last one does or further. Calls of different "
-            "sizes are then shifted against each other.",
+            "The first new token is said to stand behind the last new one: positions begin at the length "
+            "after the call. Calls of different sizes are then shifted against each other.",
             FromTheEnd,
         ),
         Mistake(
