@@ -207,7 +207,8 @@ def as_html(card: Card) -> str:
         parts.append(f'<table style="margin:6px 0 0 0;border:none;font-size:inherit">{rows}</table>')
     if card.code:
         style = (
-            "margin:8px 0 0 0;overflow-x:auto;white-space:pre;word-break:normal;background:none;color:inherit"
+            "margin:8px 0 0 0;overflow-x:auto;white-space:pre;word-break:normal;"
+            "font-size:.86em;background:none;color:inherit"
         )
         parts.append(f'<pre style="{style}">{html.escape(card.code.rstrip())}</pre>')
     if card.closing:
