@@ -66,3 +66,11 @@ def browser(tmp_path_factory):
 def open_notebook(lab, browser):
     """Opens a notebook of the course: `with open_notebook("notebooks/01_kv_cache.ipynb") as notebook:`."""
     return lambda notebook, **options: jupyterlab.open_notebook(browser, lab, notebook, **options)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What the browser tests have measured: a report, not a judgement."""
+    if jupyterlab.MEASURED:
+        terminalreporter.section("measured in the browser")
+        for line in jupyterlab.MEASURED:
+            terminalreporter.write_line(line)

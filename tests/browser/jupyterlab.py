@@ -39,6 +39,9 @@ CHROMIUM_FLAGS = [
 VIEWPORT = {"width": 1280, "height": 900}
 
 
+MEASURED: list[str] = []  # lines that the browser tests have measured, shown when all tests have run
+
+
 def find_chromium() -> str | None:
     """The path of a Chromium or Chrome on this machine, or None."""
     return next((path for name in CHROMIUM_NAMES if (path := shutil.which(name))), None)
