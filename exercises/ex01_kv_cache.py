@@ -1,8 +1,8 @@
 """Chapter 01: attention that remembers, and what remembering costs.
 
-Six exercises: attention of new tokens over everything so far, the cache that holds it, heads that share keys
-and values, the bytes a real model keeps of each token, how many texts a GPU can write at once, and a decoding
-loop with a bug in it.
+Six exercises: a cache for keys and values, attention of new tokens over everything in it, heads that share
+them, the bytes a real model keeps of each token, how many texts a GPU can write at once, and a decoding loop
+with a bug in it.
 
     python3 course.py check 01        all of this chapter
     python3 course.py check 01.1      one exercise
@@ -19,35 +19,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-# exercise 01.1: attention over everything so far (difficulty 2 of 3, about 15 minutes)
+# exercise 01.1: a cache for one layer (difficulty 1 of 3, about 10 minutes)
 # check: python3 course.py check 01.1     in a notebook: check("01.1")
 # hint:  python3 course.py hint 01.1      in a notebook: hint("01.1")
-def causal_attention(
-    q: Float[Tensor, "batch tokens heads dim"],
-    k: Float[Tensor, "batch keys heads dim"],
-    v: Float[Tensor, "batch keys heads dim"],
-) -> Float[Tensor, "batch tokens heads dim"]:
-    """Attention of the newest tokens of a text over all of its tokens so far.
-
-        o_t = sum over j <= t of  Softmax_j(q_t . k_j / sqrt(dim)) v_j        (DeepSeek-V2, equation 7)
-
-    k and v belong to the whole text, positions 0 .. keys - 1; q to its last `tokens` tokens. So the last
-    query stands at position keys - 1, and every query sees the keys up to its own position, itself included.
-    Each head works for itself.
-
-    Two new tokens at the end of a text of three. All scores are 0, so that an output is the mean of the
-    values that its query sees: of 3 and 5, then of 3, 5 and 10.
-
-    >>> values = torch.tensor([3.0, 5.0, 10.0]).reshape(1, 3, 1, 1)
-    >>> causal_attention(torch.zeros(1, 2, 1, 1), torch.zeros(1, 3, 1, 1), values).flatten().round(decimals=3)
-    tensor([4., 6.])
-    """
-    raise NotImplementedError("exercise 01.1: write this, then run: python3 course.py check 01.1")
-
-
-# exercise 01.2: a cache for one layer (difficulty 1 of 3, about 10 minutes)
-# check: python3 course.py check 01.2     in a notebook: check("01.2")
-# hint:  python3 course.py hint 01.2      in a notebook: hint("01.2")
 class LayerCache:
     """Keys and values of one layer, in memory that is allocated once.
 
@@ -75,7 +49,33 @@ class LayerCache:
         Writes into the memory that is there and leaves none of its empty slots in what it returns. Raises
         ValueError if the tokens do not fit.
         """
-        raise NotImplementedError("exercise 01.2: write this, then run: python3 course.py check 01.2")
+        raise NotImplementedError("exercise 01.1: write this, then run: python3 course.py check 01.1")
+
+
+# exercise 01.2: attention over everything so far (difficulty 2 of 3, about 15 minutes)
+# check: python3 course.py check 01.2     in a notebook: check("01.2")
+# hint:  python3 course.py hint 01.2      in a notebook: hint("01.2")
+def causal_attention(
+    q: Float[Tensor, "batch tokens heads dim"],
+    k: Float[Tensor, "batch keys heads dim"],
+    v: Float[Tensor, "batch keys heads dim"],
+) -> Float[Tensor, "batch tokens heads dim"]:
+    """Attention of the newest tokens of a text over all of its tokens so far.
+
+        o_t = sum over j <= t of  Softmax_j(q_t . k_j / sqrt(dim)) v_j        (DeepSeek-V2, equation 7)
+
+    k and v belong to the whole text, positions 0 .. keys - 1; q to its last `tokens` tokens. So the last
+    query stands at position keys - 1, and every query sees the keys up to its own position, itself included.
+    Each head works for itself.
+
+    Two new tokens at the end of a text of three. All scores are 0, so that an output is the mean of the
+    values that its query sees: of 3 and 5, then of 3, 5 and 10.
+
+    >>> values = torch.tensor([3.0, 5.0, 10.0]).reshape(1, 3, 1, 1)
+    >>> causal_attention(torch.zeros(1, 2, 1, 1), torch.zeros(1, 3, 1, 1), values).flatten().round(decimals=3)
+    tensor([4., 6.])
+    """
+    raise NotImplementedError("exercise 01.2: write this, then run: python3 course.py check 01.2")
 
 
 # exercise 01.3: heads that share keys and values (difficulty 2 of 3, about 15 minutes)
@@ -102,9 +102,9 @@ def grouped_attention(
     tensor([1., 1., 2., 2.])
     """
     tokens, keys = q.shape[1], k.shape[1]
-    visible = torch.ones(1, tokens, keys, dtype=torch.bool, device=q.device)  # where a query may look
+    visible = torch.ones(1, tokens, keys, dtype=torch.bool, device=q.device)
     visible = visible.tril() if causal else visible
-    visible = visible & mask if mask is not None else visible
+    visible = visible & mask if mask is not None else visible  # (1 or batch, tokens, keys), True: may look
     raise NotImplementedError("exercise 01.3: write this, then run: python3 course.py check 01.3")
 
 
@@ -183,4 +183,4 @@ def decode(
         chosen_by.append(logits)
     return torch.cat(written, dim=1), torch.stack(chosen_by, dim=1)
 
-# stub c50c7b: file f5ba1f, 01.1 01971e, 01.2 fa58a0, 01.3 fda265, 01.4 87c7fe, 01.5 ec27e2, 01.6 d4caf8
+# stub 0541ad: file 114bcf, 01.1 17c452, 01.2 d650df, 01.3 71ee5a, 01.4 87c7fe, 01.5 ec27e2, 01.6 d4caf8

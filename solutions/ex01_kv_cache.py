@@ -1,8 +1,8 @@
 """Chapter 01: attention that remembers, and what remembering costs.
 
-Six exercises: attention of new tokens over everything so far, the cache that holds it, heads that share keys
-and values, the bytes a real model keeps of each token, how many texts a GPU can write at once, and a decoding
-loop with a bug in it.
+Six exercises: a cache for keys and values, attention of new tokens over everything in it, heads that share
+them, the bytes a real model keeps of each token, how many texts a GPU can write at once, and a decoding loop
+with a bug in it.
 
     python3 course.py check 01        all of this chapter
     python3 course.py check 01.1      one exercise
@@ -20,41 +20,6 @@ from torch import Tensor
 
 
 # exercise 01.1
-def causal_attention(
-    q: Float[Tensor, "batch tokens heads dim"],
-    k: Float[Tensor, "batch keys heads dim"],
-    v: Float[Tensor, "batch keys heads dim"],
-) -> Float[Tensor, "batch tokens heads dim"]:
-    """Attention of the newest tokens of a text over all of its tokens so far.
-
-        o_t = sum over j <= t of  Softmax_j(q_t . k_j / sqrt(dim)) v_j        (DeepSeek-V2, equation 7)
-
-    k and v belong to the whole text, positions 0 .. keys - 1; q to its last `tokens` tokens. So the last
-    query stands at position keys - 1, and every query sees the keys up to its own position, itself included.
-    Each head works for itself.
-
-    Two new tokens at the end of a text of three. All scores are 0, so that an output is the mean of the
-    values that its query sees: of 3 and 5, then of 3, 5 and 10.
-
-    >>> values = torch.tensor([3.0, 5.0, 10.0]).reshape(1, 3, 1, 1)
-    >>> causal_attention(torch.zeros(1, 2, 1, 1), torch.zeros(1, 3, 1, 1), values).flatten().round(decimals=3)
-    tensor([4., 6.])
-    """
-    # <solution>
-    tokens, keys, dim = q.shape[1], k.shape[1], q.shape[-1]
-    # One score for every head, query and key. The sum over `dim` numbers of size 1 has size sqrt(dim);
-    # dividing by that keeps the softmax soft, whatever the width.
-    scores = torch.einsum("bthd,bshd->bhts", q, k) / dim**0.5
-    # Query t of this call is token keys - tokens + t of the text: the cached tokens stand before it.
-    position = torch.arange(keys - tokens, keys)
-    visible = torch.arange(keys) <= position[:, None]  # (tokens, keys), True where a query may look
-    # A score of minus infinity becomes a weight of exactly 0, and the others still add up to 1.
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-    return torch.einsum("bhts,bshd->bthd", weights, v)
-    # </solution>
-
-
-# exercise 01.2
 class LayerCache:
     """Keys and values of one layer, in memory that is allocated once.
 
@@ -95,6 +60,41 @@ class LayerCache:
         # </solution>
 
 
+# exercise 01.2
+def causal_attention(
+    q: Float[Tensor, "batch tokens heads dim"],
+    k: Float[Tensor, "batch keys heads dim"],
+    v: Float[Tensor, "batch keys heads dim"],
+) -> Float[Tensor, "batch tokens heads dim"]:
+    """Attention of the newest tokens of a text over all of its tokens so far.
+
+        o_t = sum over j <= t of  Softmax_j(q_t . k_j / sqrt(dim)) v_j        (DeepSeek-V2, equation 7)
+
+    k and v belong to the whole text, positions 0 .. keys - 1; q to its last `tokens` tokens. So the last
+    query stands at position keys - 1, and every query sees the keys up to its own position, itself included.
+    Each head works for itself.
+
+    Two new tokens at the end of a text of three. All scores are 0, so that an output is the mean of the
+    values that its query sees: of 3 and 5, then of 3, 5 and 10.
+
+    >>> values = torch.tensor([3.0, 5.0, 10.0]).reshape(1, 3, 1, 1)
+    >>> causal_attention(torch.zeros(1, 2, 1, 1), torch.zeros(1, 3, 1, 1), values).flatten().round(decimals=3)
+    tensor([4., 6.])
+    """
+    # <solution>
+    tokens, keys, dim = q.shape[1], k.shape[1], q.shape[-1]
+    # One score for every head, query and key. The sum over `dim` numbers of size 1 has size sqrt(dim);
+    # dividing by that keeps the softmax soft, whatever the width.
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / dim**0.5
+    # Query t of this call is token keys - tokens + t of the text: the cached tokens stand before it.
+    position = torch.arange(keys - tokens, keys)
+    visible = torch.arange(keys) <= position[:, None]  # (tokens, keys), True where a query may look
+    # A score of minus infinity becomes a weight of exactly 0, and the others still add up to 1.
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    return torch.einsum("bhts,bshd->bthd", weights, v)
+    # </solution>
+
+
 # exercise 01.3
 def grouped_attention(
     q: Float[Tensor, "batch tokens heads qk_dim"],
@@ -117,9 +117,9 @@ def grouped_attention(
     tensor([1., 1., 2., 2.])
     """
     tokens, keys = q.shape[1], k.shape[1]
-    visible = torch.ones(1, tokens, keys, dtype=torch.bool, device=q.device)  # where a query may look
+    visible = torch.ones(1, tokens, keys, dtype=torch.bool, device=q.device)
     visible = visible.tril() if causal else visible
-    visible = visible & mask if mask is not None else visible
+    visible = visible & mask if mask is not None else visible  # (1 or batch, tokens, keys), True: may look
     # <solution>
     group = q.shape[2] // k.shape[2]
     # Every key and value head, `group` times in a row: 0 0 1 1 2 2. After this it is ordinary MHA.

@@ -703,12 +703,11 @@ def cache_calculator(model: str = "LLaMA3 70B", context: int = 128 * 1024) -> Ex
 
     explorer = Explorer(draw, caption=lambda **values: plan_caption(plan(**values)), **controls)
     columns = (
-        ["model", "layers", "heads", "kv_heads", "head_dim", "billions"],
-        ["context", "batch", "cache_bits"],
-        ["device", "gpus", "weight_bits"],
+        ["model", "layers", "heads", "kv_heads", "head_dim", "billions", "cache_bits", "weight_bits"],
+        ["context", "batch", "device", "gpus"],
     )
     boxes = [ipywidgets.VBox([controls[name] for name in names]) for names in columns]
-    boxes[-1].children += (explorer.reset_button,)
+    boxes[0].children += (explorer.reset_button,)
     wrap = ipywidgets.Layout(flex_flow="row wrap")
     explorer.widget.children = (ipywidgets.HBox(boxes, layout=wrap), explorer.image, explorer.below)
     return explorer

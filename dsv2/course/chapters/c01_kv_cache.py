@@ -25,151 +25,7 @@ def random(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-# ----------------------------------------------------------------------------------- 01.1 causal attention
-
-
-def attention_case(seed: int, batch: int, tokens: int, keys: int, heads: int, dim: int) -> dict[str, Tensor]:
-    q, k, v = random(seed, (batch, tokens, heads, dim), (batch, keys, heads, dim), (batch, keys, heads, dim))
-    return {"q": 1.5 * q, "k": k, "v": v}
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Right: the newest query sees every key."""
-    tokens, keys = q.shape[1], k.shape[1]
-    visible = torch.ones(1, tokens, keys, dtype=torch.bool).tril(keys - tokens)
-    return grouped_attention(q, k, v, q.shape[-1] ** -0.5, mask=visible)
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float | None = None,
-    diagonal: int | None = None,
-    hidden: float = NEVER,
-    over: int = -1,
-) -> Tensor:
-    """The mistakes' attention. diagonal: of the mask, from the first query's last key; None: no mask."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = scale * torch.einsum("bthd,bshd->bhts", q, k)
-    if diagonal is not None:
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(diagonal)
-        scores = scores.masked_fill(~visible, hidden)
-    return torch.einsum("bhts,bshd->bthd", scores.softmax(dim=over), v)
-
-
-def cached(q: Tensor, k: Tensor) -> int:
-    return k.shape[1] - q.shape[1]
-
-
-def masked_after_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = torch.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
-    return torch.einsum("bhts,bshd->bthd", scores.softmax(dim=-1).tril(cached(q, k)), v)
-
-
-CAUSAL_ATTENTION = Exercise(
-    number="01.1",
-    name="causal_attention",
-    title="attention over everything so far",
-    difficulty=2,
-    minutes=15,
-    answer=causal_attention,
-    cases=(
-        Case(
-            "2 texts of 5 tokens, none of them new to the others (tokens = keys), 3 heads of 4",
-            lambda: attention_case(1, 2, 5, 5, 3, 4),
-        ),
-        Case(
-            "2 texts, 3 new tokens after 4 cached ones (keys = 7), 5 heads of 6",
-            lambda: attention_case(2, 2, 3, 7, 5, 6),
-        ),
-        Case(
-            "3 texts, 1 new token after 7 cached ones (keys = 8), 2 heads of 5",
-            lambda: attention_case(3, 3, 1, 8, 2, 5),
-        ),
-    ),
-    mistakes=(
-        Mistake(
-            "mask from the first key",
-            "This is what comes out when query t sees keys 0..t, as if nothing stood before the new tokens. "
-            "With a cache, the first query of a call is not the first token of the text.",
-            lambda q, k, v: attend(q, k, v, diagonal=0),
-        ),
-        Mistake(
-            "cannot see itself",
-            "This is what comes out when each query sees only the keys before its own position. A token "
-            "attends to itself too; the very first one would otherwise see nothing at all.",
-            lambda q, k, v: attend(q, k, v, diagonal=cached(q, k) - 1),
-        ),
-        Mistake(
-            "sees one token ahead",
-            "This is what comes out when each query also sees the key behind its own position. While "
-            "writing, that token does not exist yet.",
-            lambda q, k, v: attend(q, k, v, diagonal=cached(q, k) + 1),
-        ),
-        Mistake(
-            "no mask",
-            "This is what comes out when every query sees all keys. Only the newest token may: the ones "
-            "before it would look into their own future.",
-            lambda q, k, v: attend(q, k, v),
-        ),
-        Mistake(
-            "mask of zeros",
-            "This is what comes out when hidden scores are set to 0. The softmax gives a score of 0 the "
-            "weight of exp(0), and hidden tokens still count.",
-            lambda q, k, v: attend(q, k, v, diagonal=cached(q, k), hidden=0.0),
-        ),
-        Mistake(
-            "masked after the softmax",
-            "This is what comes out when hidden weights are set to 0 after the softmax. The weights that "
-            "are left then add up to less than 1.",
-            masked_after_softmax,
-        ),
-        Mistake(
-            "no scale",
-            "This is what comes out without the division by the square root of the head's width. The scores "
-            "are then too large, and the softmax nearly picks a single key.",
-            lambda q, k, v: attend(q, k, v, scale=1.0, diagonal=cached(q, k)),
-        ),
-        Mistake(
-            "scaled by the width",
-            "This is what comes out when scores are divided by the head's width, not by its square root. A "
-            "sum of d products of unit size is only about sqrt(d) large.",
-            lambda q, k, v: attend(q, k, v, scale=1 / q.shape[-1], diagonal=cached(q, k)),
-        ),
-        Mistake(
-            "scaled by all heads",
-            "This is what comes out when the scale is taken from the width of all heads together. Every "
-            "score is a product of two vectors of one head.",
-            lambda q, k, v: attend(q, k, v, scale=(q.shape[-1] * q.shape[-2]) ** -0.5, diagonal=cached(q, k)),
-        ),
-        Mistake(
-            "softmax over the queries",
-            "This is what comes out when the softmax runs over the queries. The weights of one query, over "
-            "the keys it sees, have to add up to 1.",
-            lambda q, k, v: attend(q, k, v, diagonal=cached(q, k), over=-2).nan_to_num(0.0),
-        ),
-    ),
-    hints=(
-        "A text has 4 cached tokens and you add 3. At which positions do the 3 queries stand, and how many "
-        "keys may each of them see? Draw the 3 x 7 table first.",
-        'The notebook\'s picture "which key each query sees" is that table. Scores have the shape (batch, '
-        "heads, tokens, keys): compare the positions keys - tokens .. keys - 1 of the queries with 0 .. "
-        "keys - 1 of the keys.",
-        "scores = q . k / sqrt(dim), for every head: einsum bthd, bshd -> bhts\n"
-        "visible[t, s] = s <= t + (keys - tokens)\n"
-        "scores where not visible = -infinity\n"
-        "weights = softmax of scores over the last axis\n"
-        "output = sum over s of weights * v: einsum bhts, bshd -> bthd",
-    ),
-    checked="with and without a cache, one new token and several, the scale, and a mask that knows where the "
-    "new tokens stand",
-    axes=("text", "token", "head", "dim"),
-)
-
-
-# ------------------------------------------------------------------------------------------ 01.2 the cache
+# ------------------------------------------------------------------------------------------ 01.1 the cache
 
 
 class LayerCache:
@@ -247,6 +103,13 @@ class LosesWhatDoesNotFit(LayerCache):
         return self.keys[:, :end], self.values[:, :end]
 
 
+class BehindTheEmptySlots(LayerCache):
+    def append(self, keys, values):
+        self.keys, self.values = torch.cat([self.keys, keys], 1), torch.cat([self.values, values], 1)
+        self.length += keys.shape[1]
+        return self.keys, self.values
+
+
 class Grows(LayerCache):
     def append(self, keys, values):
         self.require_room(self.length + keys.shape[1])
@@ -286,14 +149,14 @@ def use_cache(make: Callable[..., Any], case: Mapping[str, Any]) -> dict[str, An
         for _ in range(case["room"]["max_tokens"] + 1):
             cache.append(too_many, too_many)
     except ValueError:
-        result["one token too many"] = "ValueError"
+        result["one token more than fits"] = "ValueError"
     else:
-        result["one token too many"] = "no error"
+        result["one token more than fits"] = "no error, and the token is lost"
     return result
 
 
 LAYER_CACHE = Exercise(
-    number="01.2",
+    number="01.1",
     name="LayerCache",
     title="a cache for one layer",
     difficulty=1,
@@ -358,6 +221,12 @@ LAYER_CACHE = Exercise(
             LosesWhatDoesNotFit,
         ),
         Mistake(
+            "behind the empty slots",
+            "The new tokens were joined on behind the slots that were empty, which still stand in between. "
+            "Empty slots are there to be written into.",
+            BehindTheEmptySlots,
+        ),
+        Mistake(
             "grows by copying",
             "The numbers are right, but the cache has moved to new memory. Joining tensors copies the whole "
             "past at every token; writing into the memory that is there copies only the new ones.",
@@ -378,6 +247,163 @@ LAYER_CACHE = Exercise(
     checked="chunks of several sizes, keys and values apart, the same memory throughout, and an error when "
     "it is full",
     axes=("text", "token", "kv head", "dim"),
+)
+
+
+# ----------------------------------------------------------------------------------- 01.2 causal attention
+
+
+def attention_case(seed: int, batch: int, tokens: int, keys: int, heads: int, dim: int) -> dict[str, Tensor]:
+    q, k, v = random(seed, (batch, tokens, heads, dim), (batch, keys, heads, dim), (batch, keys, heads, dim))
+    return {"q": 1.5 * q, "k": k, "v": v}
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Right: the newest query sees every key."""
+    tokens, keys = q.shape[1], k.shape[1]
+    visible = torch.ones(1, tokens, keys, dtype=torch.bool).tril(keys - tokens)
+    return grouped_attention(q, k, v, q.shape[-1] ** -0.5, mask=visible)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    diagonal: int | None = None,
+    hidden: float = NEVER,
+    over: int = -1,
+) -> Tensor:
+    """The mistakes' attention. diagonal: of the mask, from the first query's last key; None: no mask."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = scale * torch.einsum("bthd,bshd->bhts", q, k)
+    if diagonal is not None:
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(diagonal)
+        scores = scores.masked_fill(~visible, hidden)
+    return torch.einsum("bhts,bshd->bthd", scores.softmax(dim=over), v)
+
+
+def cached(q: Tensor, k: Tensor) -> int:
+    return k.shape[1] - q.shape[1]
+
+
+def heads_among_themselves(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The formula for matrices on axes that are not (..., tokens, dim): runs by luck where tokens = keys."""
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    later = torch.ones_like(scores, dtype=torch.bool).triu(1)
+    return scores.masked_fill(later, NEVER).softmax(dim=-1) @ v
+
+
+def masked_after_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("bhts,bshd->bthd", scores.softmax(dim=-1).tril(cached(q, k)), v)
+
+
+CAUSAL_ATTENTION = Exercise(
+    number="01.2",
+    name="causal_attention",
+    title="attention over everything so far",
+    difficulty=2,
+    minutes=15,
+    answer=causal_attention,
+    cases=(
+        Case(
+            "2 texts of 5 tokens, none of them new to the others (tokens = keys), 3 heads of 4",
+            lambda: attention_case(1, 2, 5, 5, 3, 4),
+        ),
+        Case(
+            "2 texts, 3 new tokens after 4 cached ones (keys = 7), 5 heads of 6",
+            lambda: attention_case(2, 2, 3, 7, 5, 6),
+        ),
+        Case(
+            "3 texts, 1 new token after 7 cached ones (keys = 8), 2 heads of 5",
+            lambda: attention_case(3, 3, 1, 8, 2, 5),
+        ),
+    ),
+    mistakes=(
+        Mistake(
+            "mask from the first key",
+            "This is what comes out when query t sees keys 0..t, as if nothing stood before the new tokens. "
+            "With a cache, the first query of a call is not the first token of the text.",
+            lambda q, k, v: attend(q, k, v, diagonal=0),
+        ),
+        Mistake(
+            "cannot see itself",
+            "This is what comes out when each query sees only the keys before its own position. A token "
+            "attends to itself too; the very first one would otherwise see nothing at all.",
+            lambda q, k, v: attend(q, k, v, diagonal=cached(q, k) - 1),
+        ),
+        Mistake(
+            "sees one token ahead",
+            "This is what comes out when each query also sees the key behind its own position. While "
+            "writing, that token does not exist yet.",
+            lambda q, k, v: attend(q, k, v, diagonal=cached(q, k) + 1),
+        ),
+        Mistake(
+            "no mask",
+            "This is what comes out when every query sees all keys. Only the newest token may: the ones "
+            "before it would look into their own future.",
+            lambda q, k, v: attend(q, k, v),
+        ),
+        Mistake(
+            "mask of zeros",
+            "This is what comes out when hidden scores are set to 0. The softmax gives a score of 0 the "
+            "weight of exp(0), and hidden tokens still count.",
+            lambda q, k, v: attend(q, k, v, diagonal=cached(q, k), hidden=0.0),
+        ),
+        Mistake(
+            "masked after the softmax",
+            "This is what comes out when hidden weights are set to 0 after the softmax. The weights that "
+            "are left then add up to less than 1.",
+            masked_after_softmax,
+        ),
+        Mistake(
+            "heads attend to heads",
+            "This is what comes out when @ is used on the tensors as they are: the last two axes are heads "
+            "and dim, so each token's heads look at one another. Tokens are to look at tokens, head by head.",
+            heads_among_themselves,
+        ),
+        Mistake(
+            "no scale",
+            "This is what comes out without the division by the square root of the head's width. The scores "
+            "are then too large, and the softmax nearly picks a single key.",
+            lambda q, k, v: attend(q, k, v, scale=1.0, diagonal=cached(q, k)),
+        ),
+        Mistake(
+            "scaled by the width",
+            "This is what comes out when scores are divided by the head's width, not by its square root. A "
+            "sum of d products of unit size is only about sqrt(d) large.",
+            lambda q, k, v: attend(q, k, v, scale=1 / q.shape[-1], diagonal=cached(q, k)),
+        ),
+        Mistake(
+            "scaled by all heads",
+            "This is what comes out when the scale is taken from the width of all heads together. Every "
+            "score is a product of two vectors of one head.",
+            lambda q, k, v: attend(q, k, v, scale=(q.shape[-1] * q.shape[-2]) ** -0.5, diagonal=cached(q, k)),
+        ),
+        Mistake(
+            "softmax over the queries",
+            "This is what comes out when the softmax runs over the queries. The weights of one query, over "
+            "the keys it sees, have to add up to 1.",
+            lambda q, k, v: attend(q, k, v, diagonal=cached(q, k), over=-2).nan_to_num(0.0),
+        ),
+    ),
+    hints=(
+        "A text has 4 cached tokens and you add 3. At which positions do the 3 queries stand, and how many "
+        "keys may each of them see? Draw the 3 x 7 table first.",
+        'The notebook\'s picture "which key each query sees" is that table. Scores have the shape (batch, '
+        "heads, tokens, keys): compare the positions keys - tokens .. keys - 1 of the queries with 0 .. "
+        "keys - 1 of the keys.",
+        "scores = q . k / sqrt(dim), for every head: einsum bthd, bshd -> bhts\n"
+        "visible[t, s] = s <= t + (keys - tokens)\n"
+        "scores where not visible = -infinity\n"
+        "weights = softmax of scores over the last axis\n"
+        "output = sum over s of weights * v: einsum bhts, bshd -> bthd",
+    ),
+    checked="with and without a cache, one new token and several, the scale, and a mask that knows where the "
+    "new tokens stand",
+    axes=("text", "token", "head", "dim"),
 )
 
 
@@ -545,8 +571,9 @@ GROUPED_ATTENTION = Exercise(
     hints=(
         "6 query heads, 3 key/value heads. Write down, for query heads 0 to 5, which key/value head each of "
         "them reads. How could you give the keys 6 heads, so that head h simply meets head h?",
-        'In the notebook, "GQA is MHA with copies" does this. Head axes are axis 2 of q, k and v. Scores '
-        "have the shape (batch, heads, tokens, keys), `visible` (1 or batch, tokens, keys).",
+        'The picture in the notebook, under "Heads that share", has the lines drawn. Head axes are axis 2 '
+        "of q, k and v. Scores have the shape (batch, heads, tokens, keys), `visible` (1 or batch, tokens, "
+        "keys).",
         "group = heads / kv_heads\n"
         "k, v: repeat every head `group` times, each beside its copies: 0 0 1 1 2 2\n"
         "scores = scale * q . k: einsum bthd, bshd -> bhts\n"
@@ -954,8 +981,8 @@ DECODE = Exercise(
 
 
 EXERCISES: tuple[Exercise, ...] = (
-    CAUSAL_ATTENTION,
     LAYER_CACHE,
+    CAUSAL_ATTENTION,
     GROUPED_ATTENTION,
     KV_BYTES_PER_TOKEN,
     DECODE_LIMITS,
