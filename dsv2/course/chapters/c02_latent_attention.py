@@ -497,7 +497,7 @@ EXPAND = Exercise(
 )
 
 
-# --------------------------------------------------------------------------------- 02.4 what stays in the cache
+# -------------------------------------------------------------------------- 02.4 what stays in the cache
 
 
 def latent_cache(
@@ -902,7 +902,7 @@ READ_KV_B_PROJ = Exercise(
             lambda: kv_b_case(11, 2, 4, 3, 5, 5, 6),
         ),
         Case(
-            "3 texts of 2 tokens, 2 heads; keys of 4, values of 6; a latent of 20, so that the weight is square",
+            "3 texts of 2 tokens, 2 heads; keys of 4, values of 6; latent of 20: a square weight",
             lambda: kv_b_case(12, 3, 2, 2, 4, 6, 20),
         ),
     ),
