@@ -137,10 +137,11 @@ def rotary_rows_to_halves(
 ) -> Float[Tensor, "heads*(nope+rope) hidden"]:
     """A query's or key's weights for code that pairs channel i with i + rope/2, not with its neighbour.
 
-    The weight's rows are its outputs: for every head `nope` rows without position, then `rope` rotary ones.
-    Those of a released checkpoint make neighbouring pairs, (0, 1), (2, 3), ... Much other code expects the
-    first members of all pairs before the second ones: 0, 2, 4, ... and then 1, 3, 5, ... Only the rotary rows
-    of each head move. The scores stay what they are if queries and keys are both reordered.
+    The weight's rows are its outputs: for every head `nope` rows without position, then `rope` rotary ones
+    (two numbers here; the module `rope` is not needed). The rotary rows of a released checkpoint make
+    neighbouring pairs, (0, 1), (2, 3), ... Much other code expects the first members of all pairs before the
+    second ones: 0, 2, 4, ... and then 1, 3, 5, ... Only the rotary rows of each head move. The scores stay
+    what they are if queries and keys are both reordered.
 
     One head with 1 row without position (row 0) and 6 rotary ones (rows 1 to 6):
 

@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 import ipywidgets
+from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle, Wedge
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from torch import Tensor
 
 from dsv2.rope import rope_frequencies
 from dsv2.viz import style
@@ -157,7 +159,7 @@ def rotation_clocks(dim: int = 16, last: int = 200) -> Explorer:
         return (
             '<div style="font-size:15px;max-width:900px">'
             f"<b>Distance {query - key}.</b> A query and a key that were the same before they were turned, "
-            f"with equally long pairs, have the score <b>{similar:+.3f}</b>: the mean of the angles' cosines. "
+            f"with equally long pairs, have the score <b>{similar:+.3f}</b>: the mean of the cosines. "
             f"Base {10.0**base:,.0f}: the slowest pair needs {slowest:,.0f} tokens for a turn.</div>"
         )
 
@@ -176,7 +178,7 @@ def rotation_clocks(dim: int = 16, last: int = 200) -> Explorer:
 # -------------------------------------------------------------------------------------------- frequencies
 
 
-def pair_cosines(frequencies: Sequence[float], pairs: Sequence[int], distances: int = 256) -> Figure:
+def pair_cosines(frequencies: Float[Tensor, " pairs"], pairs: Sequence[int], distances: int = 256) -> Figure:
     """What some pairs make of a distance: the cosine of their angle, a panel each, from 0 to `distances`."""
     if not pairs or not all(0 <= pair < len(frequencies) for pair in pairs):
         raise ValueError(
@@ -215,7 +217,7 @@ def pair_cosines(frequencies: Sequence[float], pairs: Sequence[int], distances: 
 
 
 def rope_wavelengths(
-    frequencies: Mapping[str, Sequence[float]],
+    frequencies: Mapping[str, Float[Tensor, " _"]],
     contexts: Mapping[str, int] | None = None,
     ramp: tuple[int, int] | None = None,
 ) -> Figure:
