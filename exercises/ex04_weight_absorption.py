@@ -91,7 +91,7 @@ def expand_output(
     raise NotImplementedError("exercise 04.3: write this, then run: python3 course.py check 04.3")
 
 
-# exercise 04.4: counting both forms (difficulty 2 of 3, about 15 minutes)
+# exercise 04.4: counting both forms (difficulty 1 of 3, about 10 minutes)
 # check: python3 course.py check 04.4     in a notebook: check("04.4")
 # hint:  python3 course.py hint 04.4      in a notebook: hint("04.4")
 def multiply_adds(
@@ -124,12 +124,12 @@ def multiply_adds(
 def most_absorbed_tokens(keys: int, *, latent: int, rope: int, nope: int, value: int) -> int:
     """The largest number of new tokens for which the absorbed form takes fewer multiply-adds.
 
-    The counts are those of exercise 04.4, with `keys` cached tokens, the new ones among them: so the answer
-    is at most `keys`, and 0 if there is no such number. Fewer means fewer: where both take as many, the
-    absorbed form is not cheaper.
+    The counts are those of exercise 04.4, with `keys` cached tokens, the new ones among them: there cannot
+    be more new tokens than `keys`, even if the absorbed form would still be cheaper. 0 if it never is. Where
+    both forms take as many multiply-adds, the absorbed one is not cheaper.
 
-    With the sizes of the worked number of 04.4 and 100 keys: T tokens take 2000 + 600 T
-    multiply-adds expanded and 20 T + 900 T absorbed. 320 T < 2000 holds up to T = 6.
+    With the sizes of the worked number of 04.4 and 100 keys, T tokens take 2000 + 600 T multiply-adds
+    expanded and 20 T + 900 T absorbed. 320 T < 2000 holds up to T = 6.
 
     >>> most_absorbed_tokens(100, latent=4, rope=1, nope=2, value=3)
     6
@@ -173,4 +173,4 @@ def decode_step(
     mixture = torch.einsum("bhts,bsc->bthc", weights, latent)
     return torch.einsum("bthc,hvc->bthv", mixture, w_uv)
 
-# stub e02ab1: file de7872, 04.1 c7d63b, 04.2 b0eec3, 04.3 b4a1df, 04.4 e42a07, 04.5 e9b285, 04.6 c42997
+# stub d78a42: file de7872, 04.1 c7d63b, 04.2 b0eec3, 04.3 b4a1df, 04.4 384011, 04.5 0c473c, 04.6 c42997

@@ -138,12 +138,12 @@ def multiply_adds(
 def most_absorbed_tokens(keys: int, *, latent: int, rope: int, nope: int, value: int) -> int:
     """The largest number of new tokens for which the absorbed form takes fewer multiply-adds.
 
-    The counts are those of exercise 04.4, with `keys` cached tokens, the new ones among them: so the answer
-    is at most `keys`, and 0 if there is no such number. Fewer means fewer: where both take as many, the
-    absorbed form is not cheaper.
+    The counts are those of exercise 04.4, with `keys` cached tokens, the new ones among them: there cannot
+    be more new tokens than `keys`, even if the absorbed form would still be cheaper. 0 if it never is. Where
+    both forms take as many multiply-adds, the absorbed one is not cheaper.
 
-    With the sizes of the worked number of 04.4 and 100 keys: T tokens take 2000 + 600 T
-    multiply-adds expanded and 20 T + 900 T absorbed. 320 T < 2000 holds up to T = 6.
+    With the sizes of the worked number of 04.4 and 100 keys, T tokens take 2000 + 600 T multiply-adds
+    expanded and 20 T + 900 T absorbed. 320 T < 2000 holds up to T = 6.
 
     >>> most_absorbed_tokens(100, latent=4, rope=1, nope=2, value=3)
     6

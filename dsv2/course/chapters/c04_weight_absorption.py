@@ -467,8 +467,8 @@ MULTIPLY_ADDS = Exercise(
     number="04.4",
     name="multiply_adds",
     title="counting both forms",
-    difficulty=2,
-    minutes=15,
+    difficulty=1,
+    minutes=10,
     answer=multiply_adds,
     cases=(
         Case(
@@ -501,6 +501,24 @@ MULTIPLY_ADDS = Exercise(
             lambda tokens, keys, latent, rope, nope, value: (
                 multiply_adds(tokens, keys, latent=latent, rope=rope, nope=nope, value=value)[0],
                 tokens * keys * (2 * latent + rope),
+            ),
+        ),
+        Mistake(
+            "one query only",
+            "The absorbed form applies W^UK and W^UV here once, as if there were one query. Each new token "
+            "brings a query, and gets an output, of its own.",
+            lambda tokens, keys, latent, rope, nope, value: (
+                multiply_adds(tokens, keys, latent=latent, rope=rope, nope=nope, value=value)[0],
+                (nope + value) * latent + tokens * keys * (2 * latent + rope),
+            ),
+        ),
+        Mistake(
+            "one cached token only",
+            "The expanded form rebuilds here the key and the value of one token. Each cached token has a "
+            "latent, and all of them are needed.",
+            lambda tokens, keys, latent, rope, nope, value: (
+                (nope + value) * latent + tokens * keys * (nope + rope + value),
+                multiply_adds(tokens, keys, latent=latent, rope=rope, nope=nope, value=value)[1],
             ),
         ),
         Mistake(
@@ -710,7 +728,7 @@ MOST_ABSORBED_TOKENS = Exercise(
         "not?",
         'The notebook\'s section "Where each form wins" draws the two lines. Write absorbed < expanded and '
         "bring everything with `tokens` to one side; what does the sign of its factor say? A loop over "
-        "tokens = 1, 2, ... works too.",
+        "tokens = 1 .. keys works too.",
         "matrices = (nope + value) * latent\n"
         "factor = matrices + keys * (2 * latent - nope - value)\n"
         "absorbed is cheaper while tokens * factor < keys * matrices\n"
