@@ -90,7 +90,7 @@ def rank_curves(
     """
     if not curves:
         raise ValueError("curves is empty; give at least one name with its ranks and values")
-    ax = new_axes(None, 10.0, 4.9, left=0.95, right=3.35, bottom=0.8, top=0.6 if title else 0.25)
+    ax = new_axes(None, 10.0, 4.9, left=0.95, right=3.1, bottom=0.8, top=0.6 if title else 0.25)
     colours = (style.CACHED, style.VERMILLION, style.GREY, style.GREEN, style.PURPLE)
     said = []
     for i, (name, (ranks, values)) in enumerate(curves.items()):
@@ -188,7 +188,7 @@ def _label_points(ax: Axes, points: Mapping[str, Sequence[tuple[float, float]]])
 
 
 def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+    return bool(one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3])
 
 
 def _attention_name(cfg: DSV2Config) -> str:
