@@ -84,6 +84,12 @@ ROPE_FREQUENCIES = Exercise(
             lambda dim, theta=10000.0: rope_frequencies(dim, theta).repeat_interleave(2),
         ),
         Mistake(
+            "i over all channels",
+            "The pairs are counted up to the number of channels, so there are twice as many, and the second "
+            "half of them is slower than 1 / theta. Two channels make one pair.",
+            lambda dim, theta=10000.0: theta ** -(2 * torch.arange(dim, dtype=torch.float32) / dim),
+        ),
+        Mistake(
             "slowest first",
             "These are the right numbers in the opposite order. Pair 0 is the fastest.",
             lambda dim, theta=10000.0: rope_frequencies(dim, theta).flip(0),
@@ -441,6 +447,12 @@ DECOUPLED_SCORES = Exercise(
     ),
     mistakes=(
         Mistake(
+            "rotary key without heads",
+            "The rotary key was joined to the others as it came. It has no axis of heads, because there is "
+            "one for all of them: it has to get one first, or be met apart.",
+            lambda q_nope, q_rope, k_nope, k_rope: torch.cat([k_nope, k_rope], -1),
+        ),
+        Mistake(
             "scaled by d_h alone",
             "This is what you get when the scores are divided by sqrt(d_h) only. The rotary part has d_h^R "
             "more channels, and the sum runs over them too.",
@@ -631,6 +643,12 @@ ROTARY_ROWS_TO_HALVES = Exercise(
             lambda weight, nope, rope: torch.cat(
                 (reordered(weight[: nope + rope], nope, rope), weight[nope + rope :])
             ),
+        ),
+        Mistake(
+            "one head picked",
+            "The order of one head's rows was used for the whole matrix: what comes out has the first head's "
+            "rows and no others. Split the rows by heads before they are reordered.",
+            lambda weight, nope, rope: torch.cat((weight[:nope], weight[nope:][halves(rope)])),
         ),
         Mistake(
             "all rotary rows at the end",
