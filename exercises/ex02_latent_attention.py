@@ -149,8 +149,8 @@ def latent_attention(
 
     The queries are W^Q x, head by head: `nope` numbers that meet the latent's part of the key, then `rope`
     that are rotated. rotate(y) takes y: (batch, tokens, any number of heads, rope) and gives its rotation;
-    chapter 03 builds it. Your `compress` and `expand_keys_values` and the `grouped_attention` of chapter 01
-    (imported above; it takes q, k, v, scale and causal=True) do the rest.
+    chapter 03 builds it. Your `compress` and `expand_keys_values` (write those first) and the
+    `grouped_attention` of chapter 01 (imported above; it takes q, k, v, scale and causal=True) do the rest.
 
     A text of one token attends to itself alone: the result is its value through W^O, here 2 * 1.4142.
 
@@ -190,4 +190,4 @@ def read_kv_b_proj(
     k, v = both.split([heads * nope, heads * value], dim=-1)
     return k.unflatten(-1, (heads, nope)), v.unflatten(-1, (heads, value))
 
-# stub b1da12: file 6e63bf, 02.1 3a0862, 02.2 bfdcbc, 02.3 6cb2ea, 02.4 c9fd91, 02.5 213570, 02.6 8bb77c
+# stub 47673d: file 6e63bf, 02.1 3a0862, 02.2 bfdcbc, 02.3 6cb2ea, 02.4 c9fd91, 02.5 ced5b5, 02.6 8bb77c

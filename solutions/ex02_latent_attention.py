@@ -168,8 +168,8 @@ def latent_attention(
 
     The queries are W^Q x, head by head: `nope` numbers that meet the latent's part of the key, then `rope`
     that are rotated. rotate(y) takes y: (batch, tokens, any number of heads, rope) and gives its rotation;
-    chapter 03 builds it. Your `compress` and `expand_keys_values` and the `grouped_attention` of chapter 01
-    (imported above; it takes q, k, v, scale and causal=True) do the rest.
+    chapter 03 builds it. Your `compress` and `expand_keys_values` (write those first) and the
+    `grouped_attention` of chapter 01 (imported above; it takes q, k, v, scale and causal=True) do the rest.
 
     A text of one token attends to itself alone: the result is its value through W^O, here 2 * 1.4142.
 

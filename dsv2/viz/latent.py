@@ -348,7 +348,9 @@ def latent_explorer(
         caption=caption,
         dpi=dpi,
         rank=ipywidgets.IntSlider(max(most // 4, 1), min=1, max=most, description="rank", **about),
-        layer=ipywidgets.IntSlider(0, min=0, max=len(layers) - 1, description="layer", **about),
+        layer=ipywidgets.IntSlider(
+            len(layers) // 2, min=0, max=len(layers) - 1, description="layer", **about
+        ),
         head=ipywidgets.IntSlider(0, min=0, max=cfg.num_attention_heads - 1, description="head", **about),
     )
     return explorer
