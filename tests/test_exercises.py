@@ -22,7 +22,7 @@ import torch
 import dsv2
 from dsv2.course import board, chapters, commands, mine, page, show, stubs, watch, worker
 from dsv2.course.folders import HERE, ROOT, Folders
-from dsv2.course.judge import alike, attempt, compare, diagnose, judge, right_outcomes
+from dsv2.course.judge import alike, attempt, compare, diagnose, in_one_format, judge, right_outcomes
 from dsv2.course.spec import Case, Exercise, Mistake
 from dsv2.course.verdict import Verdict
 
@@ -462,10 +462,43 @@ def test_a_wrong_number_is_placed_by_its_axes(double):
     ]
 
 
-def test_a_mistake_in_one_case_only_is_not_taken_for_a_known_one(double):
-    verdict = judge(double, lambda x: x * x if len(x) == 2 else 2 * x)
-    assert verdict.status == "failed" and not verdict.mistake
+def test_a_mistake_is_named_if_it_alone_explains_every_wrong_case(double):
     assert judge(double, lambda x: x * x).diagnosis == "This is the square. Twice is not the square."
+    half_mended = judge(double, lambda x: x * x if len(x) == 2 else 2 * x)
+    assert half_mended.status == "failed" and half_mended.mistake == "squared"
+    two_mistakes = judge(double, lambda x: x * x if len(x) == 2 else x / 2)
+    assert two_mistakes.status == "failed" and not two_mistakes.mistake
+    twins = dataclasses.replace(
+        double,
+        mistakes=(
+            Mistake("a", "The first is wrong. Nothing else is.", lambda x: x * x if len(x) == 2 else x),
+            Mistake("b", "The first is wrong. So is the second.", lambda x: x * x if len(x) == 2 else -x),
+        ),
+    )
+    assert not judge(twins, lambda x: x * x if len(x) == 2 else 2 * x).mistake, "either would explain it"
+
+
+@pytest.mark.parametrize(
+    "expected, yours, said",
+    [
+        (327680.0, 2621440, ["327,680", "2,621,440"]),
+        (2.62144, 2621440.0, ["2.62144", "2,621,440"]),
+        (768.0, 768.5, ["768", "768.5"]),
+        (12, 9.5, ["12", "9.5"]),
+        (1024, 1023, ["1,024", "1,023"]),
+        (0.1, 0.10000001, ["0.1", "0.10000001"]),
+        (3e-7, -2e-8, ["3e-07", "-2e-08"]),
+        (float("inf"), 2.5, ["inf", "2.5"]),
+        (True, 2.5, ["True", "2.5"]),
+    ],
+)
+def test_numbers_are_shown_in_one_format(expected, yours, said):
+    assert in_one_format(expected, yours) == said
+
+
+def test_where_texts_differ_is_said_only_if_it_helps():
+    assert compare("no error", "ValueError") == [("expected", "'ValueError'"), ("yours", "'no error'")]
+    assert compare("a b c", "a b d")[-1] == ("first differs", "character 4")
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def judge(
     if verdict.status == "passed":
         verdict.checked = exercise.checked
     else:
-        mistake = diagnose(exercise, outcomes)
+        mistake = diagnose(exercise, outcomes, expected)
         if mistake is not None:
             verdict.mistake, verdict.diagnosis = mistake.name, mistake.says
     return verdict
@@ -136,15 +136,27 @@ def _comparable(value: Any) -> bool:
     return isinstance(value, (Tensor, numbers.Number, str, type(None)))
 
 
-def diagnose(exercise: Exercise, outcomes: Sequence[Outcome]) -> Mistake | None:
-    """The mistake whose outcomes are these in every case; None if there is none."""
+def diagnose(
+    exercise: Exercise, outcomes: Sequence[Outcome], expected: Sequence[Outcome] | None = None
+) -> Mistake | None:
+    """The mistake whose outcomes are these in every case, or else the only one that explains each wrong case.
+
+    An answer may be half mended, or write a mistake so that some case hides it: where it is right, nothing
+    needs an explanation. None if no mistake does, or several do. expected: the right outcomes, if known.
+    """
+    expected = right_outcomes(exercise) if expected is None else expected
+    wrong = [not alike(exercise, *pair) for pair in zip(outcomes, expected, strict=True)]
+    explain = []
     for mistake in exercise.mistakes:
-        if all(
+        same = [
             alike(exercise, outcome, attempt(exercise, mistake.answer, case.arguments()))
             for case, outcome in zip(exercise.cases, outcomes, strict=True)
-        ):
+        ]
+        if all(same):
             return mistake
-    return None
+        if any(wrong) and all(s for s, w in zip(same, wrong) if w):
+            explain.append(mistake)
+    return explain[0] if len(explain) == 1 else None
 
 
 def alike(exercise: Exercise, one: Outcome, other: Outcome) -> bool:
@@ -205,7 +217,9 @@ def _compare(actual: Any, expected: Any, axes: Any, tolerance: float) -> Lines:
             return [("expected", f"the keys {_keys(expected)}"), ("yours", f"the keys {_keys(actual)}")]
         for key, right in expected.items():
             named = axes.get(key, ()) if isinstance(axes, Mapping) else axes
-            found = compare(actual[key], right, named, tolerance, f"{key!r} of the result")
+            # A key of several words is the check's own, and says enough.
+            where = key if " " in str(key) else f"{key!r} of the result"
+            found = compare(actual[key], right, named, tolerance, where)
             if found:
                 return found
         return []
@@ -303,10 +317,11 @@ def _compare_tensors(actual: Any, expected: Tensor, names: Sequence[str], tolera
         return []
     index = bad.nonzero()[0].tolist()
     place = _place(index, names)
+    wanted, given = in_one_format(right[tuple(index)].item(), mine[tuple(index)].item())
     found = [
         ("first differs", place or "the one number there is"),
-        ("expected", _number(right[tuple(index)].item(), mine[tuple(index)].item())),
-        ("yours", _number(mine[tuple(index)].item(), right[tuple(index)].item())),
+        ("expected", wanted),
+        ("yours", given),
         ("differing", f"{int(bad.sum()):,} of {bad.numel():,} numbers"),
     ]
     nans = int(mine.isnan().sum()) - int(right.isnan().sum())
@@ -315,7 +330,8 @@ def _compare_tensors(actual: Any, expected: Tensor, names: Sequence[str], tolera
     finite = error[bad & error.isfinite()]
     if len(finite):
         at = _place((error == finite.max()).nonzero()[0].tolist(), names)
-        found.append(("largest error", f"{finite.max().item():.3g}" + (f", at {at}" if at else "")))
+        largest = in_one_format(float(f"{finite.max().item():.3g}"))[0]
+        found.append(("largest error", largest + (f", at {at}" if at else "")))
     return found
 
 
@@ -325,20 +341,36 @@ def _place(index: Sequence[int], names: Sequence[str]) -> str:
     )
 
 
-def _number(value: Any, other: Any) -> str:
-    """A number with as many digits as tell it from another."""
-    if isinstance(value, float) and isinstance(other, float):
-        return next(
-            (f"{value:.{d}g}" for d in (6, 9, 12) if f"{value:.{d}g}" != f"{other:.{d}g}"), repr(value)
-        )
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+def in_one_format(*values: Any) -> list[str]:
+    """Numbers as texts that can be compared: as many decimals for each, and as many as tell them apart."""
+    real = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    if not real or not any(isinstance(value, float) for value in values):
+        return [f"{value:,}" if real else str(value) for value in values]
+    sizes = [abs(value) for value in values if value and math.isfinite(value)]
+    largest, smallest = max(sizes, default=1.0), min(sizes, default=1.0)
+    # Six digits of the smaller one, unless it is so small that the larger one would get a tail of noise.
+    decimals = min(5 - math.floor(math.log10(smallest)), max(6, 5 - math.floor(math.log10(largest))))
+    for more in (0, 3, 6):
+        if 1e-4 <= largest < 1e15:
+            texts = [_decimal(value, max(decimals + more, 0)) for value in values]
+        else:
+            texts = [f"{value:.{6 + more}g}" for value in values]
+        if len(set(texts)) == len(values):
+            return texts
+    return [repr(value) for value in values]
+
+
+def _decimal(value: float, places: int) -> str:
+    text = f"{value:,.{places}f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
 
 
 def _compare_numbers(actual: Any, expected: Any, tolerance: float) -> Lines:
     if isinstance(actual, bool) or not isinstance(actual, numbers.Number):
         wanted = "a whole number" if isinstance(expected, int) else "a number"
         return [
-            ("expected", f"{wanted}, {_number(expected, None)}"),
+            ("expected", f"{wanted}, {in_one_format(expected)[0]}"),
             ("yours", kind(actual) + _remark(actual, expected)),
         ]
     if isinstance(expected, int) and isinstance(actual, int):
@@ -351,7 +383,8 @@ def _compare_numbers(actual: Any, expected: Any, tolerance: float) -> Lines:
         same = actual == expected or abs(actual - expected) <= tolerance * (1 + abs(expected))
     if same:
         return []
-    found = [("expected", _number(expected, actual)), ("yours", _number(actual, expected))]
+    wanted, given = in_one_format(expected, actual)
+    found = [("expected", wanted), ("yours", given)]
     try:
         ratio = actual / expected
         if 1e-4 < ratio < 1e4:
@@ -368,7 +401,8 @@ def _compare_strings(actual: Any, expected: str) -> Lines:
         return []
     pairs = enumerate(zip(actual, expected))
     at = next((i for i, (mine, right) in pairs if mine != right), min(len(actual), len(expected)))
-    return [("expected", _short(expected)), ("yours", _short(actual)), ("first differs", f"character {at}")]
+    found = [("expected", _short(expected)), ("yours", _short(actual))]
+    return [*found, ("first differs", f"character {at}")] if at else found  # else one sees it
 
 
 # ------------------------------------------------------------------------------------------------- exceptions

@@ -83,12 +83,11 @@ def verdict_card(verdict: Verdict, entry: Entry, place: str = TERMINAL) -> Card:
         lines.append(("at", f"{where}: {verdict.code}" if verdict.code else where))
     printed = [("printed", "\n".join(verdict.printed))] if verdict.printed else []
     if verdict.given and verdict.untouched:
-        lines.append(
-            ("the hunt", "this is the code as it was given: find what is wrong with it, and mend it")
-        )
-        return Card(
-            f"{title}: a bug hunt, not started yet", "open", lines + printed, closing=f"For a hint: {hint}"
-        )
+        # How its result differs is told once something was tried.
+        lines = [("mend", f"{verdict.name} in exercises/{verdict.file}, which is as it was given")]
+        lines += [("wrong for", verdict.case)] if verdict.case else []
+        lines += verdict.found if verdict.status == "raised" else []
+        return Card(f"{title}: a bug hunt, not started yet", "open", lines, closing=f"For a hint: {hint}")
     if verdict.given and verdict.mistake == verdict.given:
         lines.append(("likely", "the bug that was given is still there: the results are the same as before"))
     elif verdict.diagnosis:
@@ -139,7 +138,7 @@ def board_card(board: dict[str, list[Row]]) -> Card:
     if not everything:
         return Card("There are no exercises yet.", "open")
     width = max(len(row.exercise.title) for row in everything)
-    table = [f"{'':6}{'':{width}}  {'':14} {'hints':>5}  {'minutes':>7}"]
+    table = [f"{'':6}{'':{width}}  {'':14} {'hints':>5}  about (min)"]
     for chapter, rows in board.items():
         done = sum(row.state == DONE for row in rows)
         table.append(f"{chapter}: {done} of {len(rows)} done")
@@ -148,7 +147,7 @@ def board_card(board: dict[str, list[Row]]) -> Card:
             seen = "all" if row.entry.solution_seen else str(row.entry.hints or "")
             state = f"[{mark}] {row.state}" if row.state != "not started" else "[ ]"
             line = f"  {row.exercise.number:5}{row.exercise.title:{width}}  {state:17} "
-            table.append(f"{line}{seen:>2}  {row.exercise.minutes:>7}".rstrip())
+            table.append(f"{line}{seen:>2}  {row.exercise.minutes:>11}".rstrip())
     done = sum(row.state == DONE for row in everything)
     notes = []
     if any(row.state == CHANGED for row in everything):
