@@ -315,7 +315,7 @@ def latent_explorer(
         whole, rebuilt, curve, bars = figure.axes
         whole.images[0].set_data(full)
         rebuilt.images[0].set_data(lower)
-        rebuilt.set_title(f"rebuilt from {rank} numbers", fontsize=BASE, color=INK, loc="left", pad=8)
+        rebuilt.set_title(f"rebuilt from {rank} numbers", fontsize=BASE, color=INK, loc="left", pad=8, y=1.0)
         line, dot = curve.lines
         line.set_ydata(errors[layer])
         dot.set_data([rank], [errors[layer][rank]])
@@ -371,7 +371,10 @@ def _explorer_figure(letters: Sequence[str], cfg: DSV2Config, errors: Sequence[f
         axes.set_yticks(range(len(letters)), letters, fontfamily="monospace", fontsize=SMALL)
         axes.tick_params(length=0, pad=2)
         label(axes, "looked at", "token" if axes is whole else None)
-        axes.set_title(title, fontsize=BASE, color=INK, loc="left", pad=8)
+        # Fixed places: to find them, every update would measure all letters.
+        axes.xaxis.set_label_coords(0.5, -0.075)
+        axes.yaxis.set_label_coords(-0.065, 0.5)
+        axes.set_title(title, fontsize=BASE, color=INK, loc="left", pad=8, y=1.0)
     most, rope = cfg.kv_lora_rank, cfg.qk_rope_head_dim
 
     curve = style_axes(figure.add_subplot(grid[1, 0]))
