@@ -1,8 +1,8 @@
 """Chapter 03: positions as rotations, and the separate rotary key that keeps MLA cheap.
 
-Six exercises: the speeds of the rotation, the rotation itself, what it puts between a query and a latent, the
-scores of DeepSeek-V2 with their rotary part of its own, the order of channels in which other code expects
-them, and a cache of rotary keys with a bug in it.
+Six exercises: the rotation, the speeds of its pairs, what it puts between a query and a latent, the scores of
+DeepSeek-V2 with their rotary part of its own, a cache of rotary keys with a bug in it, and the order of
+channels in which other code expects them.
 
     python3 course.py check 03        all of this chapter
     python3 course.py check 03.1      one exercise
@@ -21,27 +21,9 @@ from torch import Tensor
 from dsv2 import rope
 
 
-# exercise 03.1: how fast each pair turns (difficulty 1 of 3, about 5 minutes)
+# exercise 03.1: turn every pair of channels (difficulty 2 of 3, about 8 minutes)
 # check: python3 course.py check 03.1     in a notebook: check("03.1")
 # hint:  python3 course.py hint 03.1      in a notebook: hint("03.1")
-def rope_frequencies(dim: int, theta: float = 10000.0) -> Float[Tensor, " pairs"]:
-    """How far each pair of channels turns from one position to the next, in radians; the fastest first.
-
-        f_i = theta^(-2i / dim)      for i = 0 .. dim/2 - 1        (RoFormer, section 3.2.2)
-
-    dim: channels that are rotated; two of them make a pair. Returned as float32.
-
-    Two pairs: 100^(-0/4) and 100^(-2/4).
-
-    >>> rope_frequencies(4, theta=100.0)
-    tensor([1.0000, 0.1000])
-    """
-    raise NotImplementedError("exercise 03.1: write this, then run: python3 course.py check 03.1")
-
-
-# exercise 03.2: turn every pair of channels (difficulty 2 of 3, about 15 minutes)
-# check: python3 course.py check 03.2     in a notebook: check("03.2")
-# hint:  python3 course.py hint 03.2      in a notebook: hint("03.2")
 def rotate_pairs(
     x: Float[Tensor, "... tokens heads channels"],
     cos: Float[Tensor, "... tokens pairs"],
@@ -60,10 +42,28 @@ def rotate_pairs(
     >>> rotate_pairs(torch.tensor([[[3.0, 4.0]]]), *quarter)
     tensor([[[-4.,  3.]]])
     """
+    raise NotImplementedError("exercise 03.1: write this, then run: python3 course.py check 03.1")
+
+
+# exercise 03.2: how fast each pair turns (difficulty 1 of 3, about 3 minutes)
+# check: python3 course.py check 03.2     in a notebook: check("03.2")
+# hint:  python3 course.py hint 03.2      in a notebook: hint("03.2")
+def rope_frequencies(dim: int, theta: float = 10000.0) -> Float[Tensor, " pairs"]:
+    """How far each pair of channels turns from one position to the next, in radians; the fastest first.
+
+        f_i = theta^(-2i / dim)      for i = 0 .. dim/2 - 1        (RoFormer, section 3.2.2)
+
+    dim: channels that are rotated; two of them make a pair. Returned as float32.
+
+    Two pairs: 100^(-0/4) and 100^(-2/4).
+
+    >>> rope_frequencies(4, theta=100.0)
+    tensor([1.0000, 0.1000])
+    """
     raise NotImplementedError("exercise 03.2: write this, then run: python3 course.py check 03.2")
 
 
-# exercise 03.3: what stands between a query and a latent (difficulty 2 of 3, about 15 minutes)
+# exercise 03.3: what stands between a query and a latent (difficulty 2 of 3, about 10 minutes)
 # check: python3 course.py check 03.3     in a notebook: check("03.3")
 # hint:  python3 course.py hint 03.3      in a notebook: hint("03.3")
 def matrix_between(
@@ -86,7 +86,7 @@ def matrix_between(
     raise NotImplementedError("exercise 03.3: write this, then run: python3 course.py check 03.3")
 
 
-# exercise 03.4: content and position apart (difficulty 1 of 3, about 10 minutes)
+# exercise 03.4: content and position apart (difficulty 1 of 3, about 5 minutes)
 # check: python3 course.py check 03.4     in a notebook: check("03.4")
 # hint:  python3 course.py hint 03.4      in a notebook: hint("03.4")
 def decoupled_scores(
@@ -114,31 +114,9 @@ def decoupled_scores(
     raise NotImplementedError("exercise 03.4: write this, then run: python3 course.py check 03.4")
 
 
-# exercise 03.5: from neighbours to halves (difficulty 2 of 3, about 15 minutes)
+# exercise 03.5: a rotary cache that loses its place (a bug hunt, difficulty 2 of 3, about 5 minutes)
 # check: python3 course.py check 03.5     in a notebook: check("03.5")
 # hint:  python3 course.py hint 03.5      in a notebook: hint("03.5")
-def rotary_rows_to_halves(
-    weight: Float[Tensor, "heads*(nope+rope) hidden"], nope: int, rope: int
-) -> Float[Tensor, "heads*(nope+rope) hidden"]:
-    """A query's or key's weights for code that pairs channel i with i + rope/2, not with its neighbour.
-
-    The weight's rows are its outputs: for every head `nope` rows without position, then `rope` rotary ones
-    (two numbers here; the module `rope` is not needed). The rotary rows of a released checkpoint make
-    neighbouring pairs, (0, 1), (2, 3), ... Much other code expects the first members of all pairs before the
-    second ones: 0, 2, 4, ... and then 1, 3, 5, ... Only the rotary rows of each head move. The scores stay
-    what they are if queries and keys are both reordered.
-
-    One head with 1 row without position (row 0) and 6 rotary ones (rows 1 to 6):
-
-    >>> rotary_rows_to_halves(torch.arange(7.0)[:, None], nope=1, rope=6).flatten().tolist()
-    [0.0, 1.0, 3.0, 5.0, 2.0, 4.0, 6.0]
-    """
-    raise NotImplementedError("exercise 03.5: write this, then run: python3 course.py check 03.5")
-
-
-# exercise 03.6: a rotary cache that loses its place (a bug hunt, difficulty 2 of 3, about 10 minutes)
-# check: python3 course.py check 03.6     in a notebook: check("03.6")
-# hint:  python3 course.py hint 03.6      in a notebook: hint("03.6")
 class RotaryCache:
     """The rotary keys k^R of one layer, stored rotated, and the rotary part of the scores against them.
 
@@ -157,8 +135,8 @@ class RotaryCache:
 
         q and k come as they leave their matrices: not rotated yet. (Not scaled, and without a mask.)
 
-        Three tokens and then one more: the last score is that of a query and a key at the same place, so no
-        rotation is left in it, and the one before it has turned by one position.
+        Five tokens and then a sixth: its score with itself has no rotation left in it, and its score with the
+        key before has turned by one position.
 
         This code runs, its first call is right, and one of its lines is wrong. Find it.
         """
@@ -170,4 +148,29 @@ class RotaryCache:
         self.length = end
         return torch.einsum("bthr,bsr->bhts", q, self.keys[:, :end])
 
-# stub 5c3f73: file e07d6a, 03.1 9c2529, 03.2 6b08a6, 03.3 f8b2d9, 03.4 e44ac4, 03.5 82ac46, 03.6 66cfa8
+
+# exercise 03.6: from neighbours to halves (difficulty 2 of 3, about 8 minutes)
+# check: python3 course.py check 03.6     in a notebook: check("03.6")
+# hint:  python3 course.py hint 03.6      in a notebook: hint("03.6")
+def rotary_rows_to_halves(
+    weight: Float[Tensor, "heads*(nope+rope) hidden"], nope: int, rope: int
+) -> Float[Tensor, "heads*(nope+rope) hidden"]:
+    """A query's or key's weights for code that pairs channel i with i + rope/2, not with its neighbour.
+
+    The weight's rows are its outputs: for every head `nope` rows without position, then `rope` rotary ones
+    (two numbers here; the module `rope` is not needed). How many heads there are follows from the rows: in
+    all heads * (nope + rope). A matrix with the rows of the latent above those of W^KR is one head, whose
+    `nope` is the latent's size.
+
+    The rotary rows of a released checkpoint make neighbouring pairs, (0, 1), (2, 3), ... Much other code
+    expects the first members of all pairs before the second ones: 0, 2, 4, ... and then 1, 3, 5, ... Only the
+    rotary rows of each head move. The scores stay what they are if queries and keys are both reordered.
+
+    One head with 1 row without position (row 0) and 6 rotary ones (rows 1 to 6):
+
+    >>> rotary_rows_to_halves(torch.arange(7.0)[:, None], nope=1, rope=6).flatten().tolist()
+    [0.0, 1.0, 3.0, 5.0, 2.0, 4.0, 6.0]
+    """
+    raise NotImplementedError("exercise 03.6: write this, then run: python3 course.py check 03.6")
+
+# stub f855da: file 585380, 03.1 103f4e, 03.2 0dc662, 03.3 e4b5b7, 03.4 956672, 03.5 db0890, 03.6 4c08f9

@@ -1,8 +1,8 @@
 """Chapter 03: positions as rotations, and the separate rotary key that keeps MLA cheap.
 
-Six exercises: the speeds of the rotation, the rotation itself, what it puts between a query and a latent, the
-scores of DeepSeek-V2 with their rotary part of its own, the order of channels in which other code expects
-them, and a cache of rotary keys with a bug in it.
+Six exercises: the rotation, the speeds of its pairs, what it puts between a query and a latent, the scores of
+DeepSeek-V2 with their rotary part of its own, a cache of rotary keys with a bug in it, and the order of
+channels in which other code expects them.
 
     python3 course.py check 03        all of this chapter
     python3 course.py check 03.1      one exercise
@@ -22,27 +22,6 @@ from dsv2 import rope
 
 
 # exercise 03.1
-def rope_frequencies(dim: int, theta: float = 10000.0) -> Float[Tensor, " pairs"]:
-    """How far each pair of channels turns from one position to the next, in radians; the fastest first.
-
-        f_i = theta^(-2i / dim)      for i = 0 .. dim/2 - 1        (RoFormer, section 3.2.2)
-
-    dim: channels that are rotated; two of them make a pair. Returned as float32.
-
-    Two pairs: 100^(-0/4) and 100^(-2/4).
-
-    >>> rope_frequencies(4, theta=100.0)
-    tensor([1.0000, 0.1000])
-    """
-    # <solution>
-    # 0, 2, 4, ... dim - 2: this is 2i, one entry for each pair.
-    twice_i = torch.arange(0, dim, 2, dtype=torch.float32)
-    # From 1 radian a position downwards, each pair slower than the one before by the same factor.
-    return theta ** -(twice_i / dim)
-    # </solution>
-
-
-# exercise 03.2
 def rotate_pairs(
     x: Float[Tensor, "... tokens heads channels"],
     cos: Float[Tensor, "... tokens pairs"],
@@ -68,6 +47,27 @@ def rotate_pairs(
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., tokens, 1, pairs)
     turned = torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1)
     return turned.flatten(-2).to(x.dtype)  # the pairs' two halves side by side again
+    # </solution>
+
+
+# exercise 03.2
+def rope_frequencies(dim: int, theta: float = 10000.0) -> Float[Tensor, " pairs"]:
+    """How far each pair of channels turns from one position to the next, in radians; the fastest first.
+
+        f_i = theta^(-2i / dim)      for i = 0 .. dim/2 - 1        (RoFormer, section 3.2.2)
+
+    dim: channels that are rotated; two of them make a pair. Returned as float32.
+
+    Two pairs: 100^(-0/4) and 100^(-2/4).
+
+    >>> rope_frequencies(4, theta=100.0)
+    tensor([1.0000, 0.1000])
+    """
+    # <solution>
+    # 0, 2, 4, ... dim - 2: this is 2i, one entry for each pair.
+    twice_i = torch.arange(0, dim, 2, dtype=torch.float32)
+    # From 1 radian a position downwards, each pair slower than the one before by the same factor.
+    return theta ** -(twice_i / dim)
     # </solution>
 
 
@@ -132,32 +132,6 @@ def decoupled_scores(
 
 
 # exercise 03.5
-def rotary_rows_to_halves(
-    weight: Float[Tensor, "heads*(nope+rope) hidden"], nope: int, rope: int
-) -> Float[Tensor, "heads*(nope+rope) hidden"]:
-    """A query's or key's weights for code that pairs channel i with i + rope/2, not with its neighbour.
-
-    The weight's rows are its outputs: for every head `nope` rows without position, then `rope` rotary ones
-    (two numbers here; the module `rope` is not needed). The rotary rows of a released checkpoint make
-    neighbouring pairs, (0, 1), (2, 3), ... Much other code expects the first members of all pairs before the
-    second ones: 0, 2, 4, ... and then 1, 3, 5, ... Only the rotary rows of each head move. The scores stay
-    what they are if queries and keys are both reordered.
-
-    One head with 1 row without position (row 0) and 6 rotary ones (rows 1 to 6):
-
-    >>> rotary_rows_to_halves(torch.arange(7.0)[:, None], nope=1, rope=6).flatten().tolist()
-    [0.0, 1.0, 3.0, 5.0, 2.0, 4.0, 6.0]
-    """
-    # <solution>
-    order = torch.cat((torch.arange(0, rope, 2), torch.arange(1, rope, 2)))  # 0 2 4 ... 1 3 5 ...
-    # The order within one head: its first `nope` rows stay, the rotary ones behind them are dealt anew.
-    order = torch.cat((torch.arange(nope), nope + order))
-    by_head = weight.unflatten(0, (-1, nope + rope))  # (heads, nope + rope, hidden)
-    return by_head[:, order].flatten(0, 1)
-    # </solution>
-
-
-# exercise 03.6
 class RotaryCache:
     """The rotary keys k^R of one layer, stored rotated, and the rotary part of the scores against them.
 
@@ -176,8 +150,8 @@ class RotaryCache:
 
         q and k come as they leave their matrices: not rotated yet. (Not scaled, and without a mask.)
 
-        Three tokens and then one more: the last score is that of a query and a key at the same place, so no
-        rotation is left in it, and the one before it has turned by one position.
+        Five tokens and then a sixth: its score with itself has no rotation left in it, and its score with the
+        key before has turned by one position.
 
         This code runs, its first call is right, and one of its lines is wrong. Find it.
         """
@@ -201,3 +175,32 @@ class RotaryCache:
         #| return torch.einsum("bthr,bsr->bhts", q, self.keys[:, :end])
         # </given>
         # </solution>
+
+
+# exercise 03.6
+def rotary_rows_to_halves(
+    weight: Float[Tensor, "heads*(nope+rope) hidden"], nope: int, rope: int
+) -> Float[Tensor, "heads*(nope+rope) hidden"]:
+    """A query's or key's weights for code that pairs channel i with i + rope/2, not with its neighbour.
+
+    The weight's rows are its outputs: for every head `nope` rows without position, then `rope` rotary ones
+    (two numbers here; the module `rope` is not needed). How many heads there are follows from the rows: in
+    all heads * (nope + rope). A matrix with the rows of the latent above those of W^KR is one head, whose
+    `nope` is the latent's size.
+
+    The rotary rows of a released checkpoint make neighbouring pairs, (0, 1), (2, 3), ... Much other code
+    expects the first members of all pairs before the second ones: 0, 2, 4, ... and then 1, 3, 5, ... Only the
+    rotary rows of each head move. The scores stay what they are if queries and keys are both reordered.
+
+    One head with 1 row without position (row 0) and 6 rotary ones (rows 1 to 6):
+
+    >>> rotary_rows_to_halves(torch.arange(7.0)[:, None], nope=1, rope=6).flatten().tolist()
+    [0.0, 1.0, 3.0, 5.0, 2.0, 4.0, 6.0]
+    """
+    # <solution>
+    order = torch.cat((torch.arange(0, rope, 2), torch.arange(1, rope, 2)))  # 0 2 4 ... 1 3 5 ...
+    # The order within one head: its first `nope` rows stay, the rotary ones behind them are dealt anew.
+    order = torch.cat((torch.arange(nope), nope + order))
+    by_head = weight.unflatten(0, (-1, nope + rope))  # (heads, nope + rope, hidden)
+    return by_head[:, order].flatten(0, 1)
+    # </solution>

@@ -21,7 +21,179 @@ def random(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-# ------------------------------------------------------------------------------------------ 03.1 frequencies
+# --------------------------------------------------------------------------------------- 03.1 the rotation
+
+
+def rotation_case(
+    seed: int, batch: int, tokens: int, heads: int, channels: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    (x,) = random(seed, (batch, tokens, heads, channels))
+    positions = 2 + 3 * torch.arange(batch)[:, None] + torch.arange(tokens)
+    angles = positions[..., None] * rope_frequencies(channels, theta=50.0)
+    return {"x": x.to(dtype), "cos": angles.cos(), "sin": angles.sin()}
+
+
+def turn(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    first: Callable[..., Tensor] = lambda x0, x1, cos, sin: x0 * cos - x1 * sin,
+    second: Callable[..., Tensor] = lambda x0, x1, cos, sin: x0 * sin + x1 * cos,
+    by_token: bool = True,
+    joined: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The rotation with one part changed. joined: all first members first; dtype: of the result."""
+    x0, x1 = x.float()[..., 0::2], x.float()[..., 1::2]
+    if by_token:
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    turned = first(x0, x1, cos, sin), second(x0, x1, cos, sin)
+    out = torch.cat(turned, dim=-1) if joined else torch.stack(turned, dim=-1).flatten(-2)
+    return out.to(dtype or x.dtype)
+
+
+def turn_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x0, x1 = x.float().chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.cat((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1).to(x.dtype)
+
+
+def turn_halves_into_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return turn_halves(x, cos, sin).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
+def turn_after_itself(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin, x0, x1 = cos.unsqueeze(-2), sin.unsqueeze(-2), x.float()[..., 0::2], x.float()[..., 1::2]
+    x0 = x0 * cos - x1 * sin
+    x1 = x0 * sin + x1 * cos
+    return torch.stack((x0, x1), dim=-1).flatten(-2).to(x.dtype)
+
+
+ROTATE_PAIRS = Exercise(
+    number="03.1",
+    name="rotate_pairs",
+    title="turn every pair of channels",
+    difficulty=2,
+    minutes=8,
+    answer=rotate_pairs,
+    cases=(
+        Case("2 texts of 5 tokens, 3 heads of 8 channels", lambda: rotation_case(1, 2, 5, 3, 8)),
+        Case("1 text of 4 tokens, as many heads, 6 channels", lambda: rotation_case(2, 1, 4, 4, 6)),
+        Case(
+            "3 texts of 4 tokens, 1 head of 10 channels, in bfloat16",
+            lambda: rotation_case(3, 3, 4, 1, 10, torch.bfloat16),
+        ),
+    ),
+    mistakes=(
+        Mistake(
+            "channel i with channel i + half",
+            "This pairs each channel with the one half a head further on. Much code does that, but here, as "
+            "in DeepSeek-V2's checkpoints, the members of a pair are neighbours.",
+            turn_halves,
+        ),
+        Mistake(
+            "halves in, neighbours out",
+            "Channel i was turned with channel i + half, and then the two were put side by side. Neighbours "
+            "make a pair on the way in as well as on the way out.",
+            turn_halves_into_neighbours,
+        ),
+        Mistake(
+            "halves in the result",
+            "Neighbours were turned, as they should be, but the result holds all first members and then all "
+            "second ones. Its channels should stand where they stood.",
+            lambda x, cos, sin: turn(x, cos, sin, joined=True),
+        ),
+        Mistake(
+            "turned backwards",
+            "Every pair turns by the negative angle: both sines have the wrong sign. If queries turned one "
+            "way and keys the other, the scores would depend on the sum of their positions.",
+            lambda x, cos, sin: turn(
+                x,
+                cos,
+                sin,
+                first=lambda x0, x1, cos, sin: x0 * cos + x1 * sin,
+                second=lambda x0, x1, cos, sin: x1 * cos - x0 * sin,
+            ),
+        ),
+        Mistake(
+            "both sines negative",
+            "Both members of a pair subtract their sine. That is no rotation: lengths change with the "
+            "position.",
+            lambda x, cos, sin: turn(x, cos, sin, second=lambda x0, x1, cos, sin: x1 * cos - x0 * sin),
+        ),
+        Mistake(
+            "both sines positive",
+            "Both members of a pair add their sine. That is no rotation: lengths change with the position.",
+            lambda x, cos, sin: turn(x, cos, sin, first=lambda x0, x1, cos, sin: x0 * cos + x1 * sin),
+        ),
+        Mistake(
+            "cos and sin exchanged",
+            "This is a quarter turn off and mirrored: cos and sin have changed places. At position 0, with "
+            "cos 1 and sin 0, nothing should move.",
+            lambda x, cos, sin: turn(x, sin, cos),
+        ),
+        Mistake(
+            "second from the turned first",
+            "The second member of each pair was computed from the first one's new value. Both need the old "
+            "pair.",
+            turn_after_itself,
+        ),
+        Mistake(
+            "angle of the head",
+            "The angles were lined up with the heads, not with the tokens: PyTorch matches axes from the "
+            "right. It raises an error unless there are as many heads as tokens; then it is silently wrong.",
+            lambda x, cos, sin: turn(x, cos, sin, by_token=False),
+        ),
+        Mistake(
+            "axis of heads in front of the tokens",
+            "cos got its axis of heads in front of the tokens' axis, so that its tokens meet x's heads. It "
+            "would be the right place for a single text, without an axis of texts.",
+            lambda x, cos, sin: turn(x, cos[:, None], sin[:, None], by_token=False),
+        ),
+        Mistake(
+            "every text like the first",
+            "All texts are turned by the angles of the first one. Texts of a batch may stand at different "
+            "positions.",
+            lambda x, cos, sin: turn(x, cos[:1], sin[:1]),
+        ),
+        Mistake(
+            "stays float32",
+            "The numbers are right, but of another type than x. A bfloat16 model would go on in float32 from "
+            "here, or fail at the next product.",
+            lambda x, cos, sin: turn(x, cos, sin, dtype=torch.float32),
+        ),
+        Mistake(
+            "turned in x's own type",
+            "The products were taken in x's type. bfloat16 has three digits: the angles of neighbouring "
+            "positions run together.",
+            lambda x, cos, sin: turn_in_own_type(x, cos, sin),
+        ),
+    ),
+    hints=(
+        "x has an axis for the heads and cos has none. Which axes does PyTorch line up when you write x * "
+        "cos, and which should it line up?",
+        'As under "A pair of channels is a clock hand" in the notebook, but with heads: x becomes '
+        "(..., tokens, heads, pairs, 2), cos has to be (..., tokens, 1, pairs). x[..., 0::2] are the first "
+        "members of all pairs; torch.stack(..., dim=-1) and .flatten(-2) put two tensors together in turn.",
+        "x0, x1 = first and second members of the pairs, in float32\n"
+        "cos, sin: a new axis of size 1 for the heads\n"
+        "y0 = x0 cos - x1 sin;  y1 = x0 sin + x1 cos\n"
+        "stack y0 and y1 along a new last axis, flatten it, and return it in x's type",
+    ),
+    checked="neighbouring pairs, both signs, angles by token and text, as many heads as tokens, bfloat16",
+    axes=("text", "token", "head", "channel"),
+    replaces=("dsv2.rope.rotate_pairs",),
+)
+
+
+def turn_in_own_type(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x0, x1 = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
+    return torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1).flatten(-2)
+
+
+# ------------------------------------------------------------------------------------------ 03.2 frequencies
 
 
 def frequencies_with(
@@ -36,11 +208,11 @@ def frequencies_with(
 
 
 ROPE_FREQUENCIES = Exercise(
-    number="03.1",
+    number="03.2",
     name="rope_frequencies",
     title="how fast each pair turns",
     difficulty=1,
-    minutes=5,
+    minutes=3,
     answer=rope_frequencies,
     cases=(
         Case("8 channels, theta 10000", lambda: {"dim": 8}),
@@ -127,162 +299,6 @@ ROPE_FREQUENCIES = Exercise(
 )
 
 
-# --------------------------------------------------------------------------------------- 03.2 the rotation
-
-
-def rotation_case(
-    seed: int, batch: int, tokens: int, heads: int, channels: int, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    (x,) = random(seed, (batch, tokens, heads, channels))
-    positions = 2 + 3 * torch.arange(batch)[:, None] + torch.arange(tokens)
-    angles = positions[..., None] * rope_frequencies(channels, theta=50.0)
-    return {"x": x.to(dtype), "cos": angles.cos(), "sin": angles.sin()}
-
-
-def turn(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    first: Callable[..., Tensor] = lambda x0, x1, cos, sin: x0 * cos - x1 * sin,
-    second: Callable[..., Tensor] = lambda x0, x1, cos, sin: x0 * sin + x1 * cos,
-    by_token: bool = True,
-    joined: bool = False,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The rotation with one part changed. joined: all first members first; dtype: of the result."""
-    x0, x1 = x.float()[..., 0::2], x.float()[..., 1::2]
-    if by_token:
-        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    turned = first(x0, x1, cos, sin), second(x0, x1, cos, sin)
-    out = torch.cat(turned, dim=-1) if joined else torch.stack(turned, dim=-1).flatten(-2)
-    return out.to(dtype or x.dtype)
-
-
-def turn_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x0, x1 = x.float().chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    return torch.cat((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1).to(x.dtype)
-
-
-def turn_after_itself(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    cos, sin, x0, x1 = cos.unsqueeze(-2), sin.unsqueeze(-2), x.float()[..., 0::2], x.float()[..., 1::2]
-    x0 = x0 * cos - x1 * sin
-    x1 = x0 * sin + x1 * cos
-    return torch.stack((x0, x1), dim=-1).flatten(-2).to(x.dtype)
-
-
-ROTATE_PAIRS = Exercise(
-    number="03.2",
-    name="rotate_pairs",
-    title="turn every pair of channels",
-    difficulty=2,
-    minutes=15,
-    answer=rotate_pairs,
-    cases=(
-        Case("2 texts of 5 tokens, 3 heads of 8 channels", lambda: rotation_case(1, 2, 5, 3, 8)),
-        Case("1 text of 4 tokens, as many heads, 6 channels", lambda: rotation_case(2, 1, 4, 4, 6)),
-        Case(
-            "3 texts of 4 tokens, 1 head of 10 channels, in bfloat16",
-            lambda: rotation_case(3, 3, 4, 1, 10, torch.bfloat16),
-        ),
-    ),
-    mistakes=(
-        Mistake(
-            "channel i with channel i + half",
-            "This pairs each channel with the one half a head further on. Much code does that, but here, as "
-            "in DeepSeek-V2's checkpoints, the members of a pair are neighbours.",
-            turn_halves,
-        ),
-        Mistake(
-            "halves in the result",
-            "Neighbours were turned, as they should be, but the result holds all first members and then all "
-            "second ones. Its channels should stand where they stood.",
-            lambda x, cos, sin: turn(x, cos, sin, joined=True),
-        ),
-        Mistake(
-            "turned backwards",
-            "Every pair turns by the negative angle: both sines have the wrong sign. If queries turned one "
-            "way and keys the other, the scores would depend on the sum of their positions.",
-            lambda x, cos, sin: turn(
-                x,
-                cos,
-                sin,
-                first=lambda x0, x1, cos, sin: x0 * cos + x1 * sin,
-                second=lambda x0, x1, cos, sin: x1 * cos - x0 * sin,
-            ),
-        ),
-        Mistake(
-            "both sines negative",
-            "Both members of a pair subtract their sine. That is no rotation: lengths change with the "
-            "position.",
-            lambda x, cos, sin: turn(x, cos, sin, second=lambda x0, x1, cos, sin: x1 * cos - x0 * sin),
-        ),
-        Mistake(
-            "both sines positive",
-            "Both members of a pair add their sine. That is no rotation: lengths change with the position.",
-            lambda x, cos, sin: turn(x, cos, sin, first=lambda x0, x1, cos, sin: x0 * cos + x1 * sin),
-        ),
-        Mistake(
-            "cos and sin exchanged",
-            "This is a quarter turn off and mirrored: cos and sin have changed places. At position 0, with "
-            "cos 1 and sin 0, nothing should move.",
-            lambda x, cos, sin: turn(x, sin, cos),
-        ),
-        Mistake(
-            "second from the turned first",
-            "The second member of each pair was computed from the first one's new value. Both need the old "
-            "pair.",
-            turn_after_itself,
-        ),
-        Mistake(
-            "angle of the head",
-            "The angles were lined up with the heads, not with the tokens: PyTorch matches axes from the "
-            "right. It raises an error unless there are as many heads as tokens; then it is silently wrong.",
-            lambda x, cos, sin: turn(x, cos, sin, by_token=False),
-        ),
-        Mistake(
-            "every text like the first",
-            "All texts are turned by the angles of the first one. Texts of a batch may stand at different "
-            "positions.",
-            lambda x, cos, sin: turn(x, cos[:1], sin[:1]),
-        ),
-        Mistake(
-            "stays float32",
-            "The numbers are right, but of another type than x. A bfloat16 model would go on in float32 from "
-            "here, or fail at the next product.",
-            lambda x, cos, sin: turn(x, cos, sin, dtype=torch.float32),
-        ),
-        Mistake(
-            "turned in x's own type",
-            "The products were taken in x's type. bfloat16 has three digits: the angles of neighbouring "
-            "positions run together.",
-            lambda x, cos, sin: turn_in_own_type(x, cos, sin),
-        ),
-    ),
-    hints=(
-        "x has an axis for the heads and cos has none. Which axes does PyTorch line up when you write x * "
-        "cos, and which should it line up?",
-        'As under "A pair of channels is a clock hand" in the notebook, but with heads: x becomes '
-        "(..., tokens, heads, pairs, 2), cos has to be (..., tokens, 1, pairs). x[..., 0::2] are the first "
-        "members of all pairs; torch.stack(..., dim=-1) and .flatten(-2) put two tensors together in turn.",
-        "x0, x1 = first and second members of the pairs, in float32\n"
-        "cos, sin: a new axis of size 1 for the heads\n"
-        "y0 = x0 cos - x1 sin;  y1 = x0 sin + x1 cos\n"
-        "stack y0 and y1 along a new last axis, flatten it, and return it in x's type",
-    ),
-    checked="neighbouring pairs, both signs, angles by token and text, as many heads as tokens, bfloat16",
-    axes=("text", "token", "head", "channel"),
-    replaces=("dsv2.rope.rotate_pairs",),
-)
-
-
-def turn_in_own_type(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x0, x1 = x[..., 0::2], x[..., 1::2]
-    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
-    return torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1).flatten(-2)
-
-
 # ------------------------------------------------------------------------- 03.3 between query and latent
 
 
@@ -316,12 +332,17 @@ def turned_rows(w_uk: Tensor, frequencies: Tensor, distance: int) -> Tensor:
     return turned
 
 
+def columns_as_tokens(w_uk: Tensor, frequencies: Tensor, distance: int) -> Tensor:
+    angles = -(distance + torch.arange(w_uk.shape[1]))[:, None] * frequencies
+    return rotate_pairs(w_uk.T[:, None], angles.cos(), angles.sin())[:, 0].T
+
+
 MATRIX_BETWEEN = Exercise(
     number="03.3",
     name="matrix_between",
     title="what stands between a query and a latent",
     difficulty=2,
-    minutes=15,
+    minutes=10,
     answer=matrix_between,
     cases=(
         Case("6 channels, a latent of 5, distance 3", lambda: between_case(4, 6, 5, 3)),
@@ -358,6 +379,12 @@ MATRIX_BETWEEN = Exercise(
             lambda w_uk, frequencies, distance: turned_columns(
                 w_uk, (-distance * frequencies[0]).expand(len(frequencies))
             ),
+        ),
+        Mistake(
+            "columns taken for tokens",
+            "Each column turns one position further than the one before it. The columns belong to the "
+            "numbers of one latent, and that is one token, at one distance.",
+            columns_as_tokens,
         ),
         Mistake(
             "turned twice",
@@ -433,7 +460,7 @@ DECOUPLED_SCORES = Exercise(
     name="decoupled_scores",
     title="content and position apart",
     difficulty=1,
-    minutes=10,
+    minutes=5,
     answer=combined(lambda content, position, nope, rope: (content + position) / math.sqrt(nope + rope)),
     cases=(
         Case(
@@ -515,12 +542,30 @@ DECOUPLED_SCORES = Exercise(
         ),
         Mistake(
             "rotary queries averaged",
-            "All heads have the same rotary part: their rotary queries were added up or averaged. The key is "
-            "shared, the queries are not.",
+            "All heads have the same rotary part, the mean of what each should have. The key is shared, the "
+            "queries are not.",
             combined(
                 lambda content, position, nope, rope: (
                     (content + position.mean(1, keepdim=True)) / math.sqrt(nope + rope)
                 )
+            ),
+        ),
+        Mistake(
+            "rotary queries added up",
+            "All heads have the same rotary part, the sum of what each should have: the axis of heads was "
+            "summed away. The key is shared, the queries are not.",
+            combined(
+                lambda content, position, nope, rope: (
+                    (content + position.sum(1, keepdim=True)) / math.sqrt(nope + rope)
+                )
+            ),
+        ),
+        Mistake(
+            "the first head's rotary query",
+            "The first head's rotary query was taken for all heads. They share the rotary key, but each has "
+            "a rotary query of its own.",
+            combined(
+                lambda content, position, nope, rope: (content + position[:, :1]) / math.sqrt(nope + rope)
             ),
         ),
     ),
@@ -539,7 +584,197 @@ DECOUPLED_SCORES = Exercise(
 )
 
 
-# --------------------------------------------------------------------------------------- 03.5 two layouts
+# ----------------------------------------------------------------------------------------- 03.5 the bug hunt
+
+
+class RotaryCache:
+    """Right. The mistakes below change where queries or keys are said to stand, or what is stored."""
+
+    def __init__(self, batch: int, max_tokens: int, frequencies: Tensor):
+        self.frequencies = frequencies
+        self.keys = torch.zeros(batch, max_tokens, 2 * len(frequencies))
+        self.length, self.calls = 0, 0
+
+    def starts(self, tokens: int) -> tuple[int, int]:
+        """The first position of the queries, and of the keys."""
+        return self.length, self.length
+
+    def turned(self, x: Tensor, start: int) -> Tensor:
+        angles = torch.arange(start, start + x.shape[1])[:, None] * self.frequencies
+        return rotate_pairs(x, angles.cos(), angles.sin())
+
+    def append(self, q: Tensor, k: Tensor) -> Tensor:
+        queries, keys = self.starts(k.shape[1])
+        end = self.length + k.shape[1]
+        q = self.turned(q, queries)
+        self.keys[:, self.length : end] = self.turned(k[:, :, None], keys)[:, :, 0]
+        self.length, self.calls = end, self.calls + 1
+        return torch.einsum("bthr,bsr->bhts", q, self.keys[:, :end])
+
+
+class EveryCallFromZero(RotaryCache):
+    def starts(self, tokens):
+        return 0, 0
+
+
+class QueriesFromZero(RotaryCache):
+    def starts(self, tokens):
+        return 0, self.length
+
+
+class KeysFromZero(RotaryCache):
+    def starts(self, tokens):
+        return self.length, 0
+
+
+class OneStepACall(RotaryCache):
+    def starts(self, tokens):
+        return self.calls, self.calls
+
+
+class FromTheEnd(RotaryCache):
+    def starts(self, tokens):
+        return self.length + tokens, self.length + tokens
+
+
+class QueriesOneFurther(RotaryCache):
+    def starts(self, tokens):
+        return self.length + 1, self.length
+
+
+class TurnedAtEveryCall(RotaryCache):
+    def append(self, q, k):
+        past = self.keys[:, : self.length, None].clone()
+        self.keys[:, : self.length] = self.turned(past, 0)[:, :, 0]
+        return super().append(q, k)
+
+
+class KeysNeverTurned(RotaryCache):
+    def append(self, q, k):
+        start = self.length
+        self.length, end = start + k.shape[1], start + k.shape[1]
+        self.keys[:, start:end] = k
+        return torch.einsum("bthr,bsr->bhts", self.turned(q, start), self.keys[:, :end])
+
+
+class OldKeysNotTurned(RotaryCache):
+    def append(self, q, k):
+        start = self.length
+        scores = super().append(q, k)
+        self.keys[:, start : self.length] = k
+        return scores
+
+
+def rotary_case(seed: int, batch: int, heads: int, channels: int, calls: tuple[int, ...]) -> dict[str, Any]:
+    tokens = sum(calls)
+    q, k = random(seed, (batch, tokens, heads, channels), (batch, tokens, channels))
+    return {
+        "room": {
+            "batch": batch,
+            "max_tokens": tokens + 1,
+            "frequencies": rope_frequencies(channels, theta=40.0),
+        },
+        "calls": list(zip(q.split(calls, dim=1), k.split(calls, dim=1))),
+    }
+
+
+def score_call_by_call(make: Callable[..., Any], case: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What each call of `append` returned."""
+    cache = make(**case["room"])
+    return {
+        f"call {number}": cache.append(q.clone(), k.clone()) for number, (q, k) in enumerate(case["calls"], 1)
+    }
+
+
+ROTARY_CACHE = Exercise(
+    number="03.5",
+    name="RotaryCache",
+    title="a rotary cache that loses its place",
+    difficulty=2,
+    minutes=5,
+    answer=RotaryCache,
+    run=score_call_by_call,
+    cases=(
+        Case(
+            "2 texts, 3 heads of 4 channels; 5 tokens, then one by one 2 more",
+            lambda: rotary_case(12, 2, 3, 4, (5, 1, 1)),
+        ),
+        Case(
+            "1 text, 2 heads of 6 channels; 2 tokens, then 3, then 1",
+            lambda: rotary_case(13, 1, 2, 6, (2, 3, 1)),
+        ),
+    ),
+    mistakes=(
+        Mistake(
+            "every call from 0",
+            "Every call counts its positions from 0. Within one call that is right, which is why a prompt "
+            "shows nothing; but a token written later stands behind all that is stored.",
+            EveryCallFromZero,
+        ),
+        Mistake(
+            "queries from 0",
+            "The keys stand where they should; the queries of every call count from 0. A new query would "
+            "then look at its own past as if that lay ahead of it.",
+            QueriesFromZero,
+        ),
+        Mistake(
+            "keys from 0",
+            "The queries stand where they should; the keys of every call count from 0. A token's query and "
+            "key have the same position.",
+            KeysFromZero,
+        ),
+        Mistake(
+            "one step a call",
+            "The position grows by one a call, however many tokens came. After a prompt of several tokens "
+            "the next ones land in the middle of it.",
+            OneStepACall,
+        ),
+        Mistake(
+            "counted from the end",
+            "The first new token is said to stand behind the last new one: positions begin at the length "
+            "after the call. Calls of different sizes are then shifted against each other.",
+            FromTheEnd,
+        ),
+        Mistake(
+            "queries one further",
+            "Every query stands one position further than its own key. The score of a token with itself "
+            "should have no rotation in it.",
+            QueriesOneFurther,
+        ),
+        Mistake(
+            "turned at every call",
+            "Stored keys are turned again with every call. They were turned when they came in, and where a "
+            "token stands does not change.",
+            TurnedAtEveryCall,
+        ),
+        Mistake(
+            "keys never turned",
+            "The keys are stored as they came and meet turned queries. The scores then depend on where the "
+            "query stands, and not on how far away the key is.",
+            KeysNeverTurned,
+        ),
+        Mistake(
+            "old keys not turned",
+            "New keys are turned for the call they come in, but stored as they were. In later calls they "
+            "have no position.",
+            OldKeysNotTurned,
+        ),
+    ),
+    hints=(
+        "The first call is right and the second is not. What is different about the second call, before "
+        "anything is computed?",
+        "A key is turned once, by its token's place in the text. Print the positions that the angles are "
+        "made of, for 3 tokens and then 1 more: they should be 0, 1, 2 and then 3.",
+        "start = how many tokens were stored before this call; end = start + the new ones\n"
+        "positions of the new tokens: start, start + 1, ... end - 1",
+    ),
+    checked="prompts, single tokens and several at once, every score of every call",
+    axes=("text", "head", "query", "key"),
+    given="every call from 0",
+)
+
+
+# --------------------------------------------------------------------------------------- 03.6 two layouts
 
 
 def rows_case(seed: int, heads: int, nope: int, rope: int, hidden: int) -> dict[str, Any]:
@@ -569,6 +804,21 @@ def rows_by_head_last(weight: Tensor, nope: int, rope: int) -> Tensor:
     return by_channel.flatten(0, 1)
 
 
+def heads_indexed_as_rows(weight: Tensor, nope: int, rope: int) -> Tensor:
+    """Raises: there are fewer heads than rows in a head."""
+    order = torch.cat((torch.arange(nope), nope + halves(rope)))
+    return weight.unflatten(0, (nope + rope, -1))[:, order].flatten(0, 1)
+
+
+def one_head_for_all(weight: Tensor, nope: int, rope: int) -> Tensor:
+    return torch.cat((weight[:nope], weight[nope:][0::2], weight[nope:][1::2]))
+
+
+def rotary_rows_in_front(weight: Tensor, nope: int, rope: int) -> Tensor:
+    order = torch.cat((nope + halves(rope), torch.arange(nope)))
+    return weight.unflatten(0, (-1, nope + rope))[:, order].flatten(0, 1)
+
+
 def all_rotary_rows_at_the_end(weight: Tensor, nope: int, rope: int) -> Tensor:
     heads, moved = weight.shape[0] // (nope + rope), weight.clone()
     at = heads * nope
@@ -577,11 +827,11 @@ def all_rotary_rows_at_the_end(weight: Tensor, nope: int, rope: int) -> Tensor:
 
 
 ROTARY_ROWS_TO_HALVES = Exercise(
-    number="03.5",
+    number="03.6",
     name="rotary_rows_to_halves",
     title="from neighbours to halves",
     difficulty=2,
-    minutes=15,
+    minutes=8,
     answer=reordered,
     cases=(
         Case(
@@ -651,6 +901,18 @@ ROTARY_ROWS_TO_HALVES = Exercise(
             lambda weight, nope, rope: torch.cat((weight[:nope], weight[nope:][halves(rope)])),
         ),
         Mistake(
+            "heads ignored",
+            "Everything below the first `nope` rows was taken for rotary, as if there were one head. Each "
+            "head has rows without position, and pairs of its own.",
+            one_head_for_all,
+        ),
+        Mistake(
+            "rotary rows moved to the front",
+            "The rotary rows are in the right order, but stand in front of the others of their head. Whoever "
+            "splits queries and keys afterwards expects them behind.",
+            rotary_rows_in_front,
+        ),
+        Mistake(
             "all rotary rows at the end",
             "This is right if the rotary rows of all heads stand together behind everything else. They stand "
             "at the end of each head.",
@@ -660,6 +922,12 @@ ROTARY_ROWS_TO_HALVES = Exercise(
             "heads innermost",
             "The rows were read as if the heads changed fastest. The rows of one head stand together.",
             rows_by_head_last,
+        ),
+        Mistake(
+            "rows and heads exchanged",
+            "The rows were split into (rows of a head, heads), and then the second axis was indexed as if it "
+            "were the rows'. The rows of one head stand together.",
+            heads_indexed_as_rows,
         ),
         Mistake(
             "nothing moved",
@@ -681,187 +949,11 @@ ROTARY_ROWS_TO_HALVES = Exercise(
 )
 
 
-# ----------------------------------------------------------------------------------------- 03.6 the bug hunt
-
-
-class RotaryCache:
-    """Right. The mistakes below change where queries or keys are said to stand, or what is stored."""
-
-    def __init__(self, batch: int, max_tokens: int, frequencies: Tensor):
-        self.frequencies = frequencies
-        self.keys = torch.zeros(batch, max_tokens, 2 * len(frequencies))
-        self.length, self.calls = 0, 0
-
-    def starts(self, tokens: int) -> tuple[int, int]:
-        """The first position of the queries, and of the keys."""
-        return self.length, self.length
-
-    def turned(self, x: Tensor, start: int) -> Tensor:
-        angles = torch.arange(start, start + x.shape[1])[:, None] * self.frequencies
-        return rotate_pairs(x, angles.cos(), angles.sin())
-
-    def append(self, q: Tensor, k: Tensor) -> Tensor:
-        queries, keys = self.starts(k.shape[1])
-        end = self.length + k.shape[1]
-        q = self.turned(q, queries)
-        self.keys[:, self.length : end] = self.turned(k[:, :, None], keys)[:, :, 0]
-        self.length, self.calls = end, self.calls + 1
-        return torch.einsum("bthr,bsr->bhts", q, self.keys[:, :end])
-
-
-class EveryCallFromZero(RotaryCache):
-    def starts(self, tokens):
-        return 0, 0
-
-
-class QueriesFromZero(RotaryCache):
-    def starts(self, tokens):
-        return 0, self.length
-
-
-class KeysFromZero(RotaryCache):
-    def starts(self, tokens):
-        return self.length, 0
-
-
-class OneStepACall(RotaryCache):
-    def starts(self, tokens):
-        return self.calls, self.calls
-
-
-class FromTheEnd(RotaryCache):
-    def starts(self, tokens):
-        return self.length + tokens, self.length + tokens
-
-
-class QueriesOneFurther(RotaryCache):
-    def starts(self, tokens):
-        return self.length + 1, self.length
-
-
-class TurnedAtEveryCall(RotaryCache):
-    def append(self, q, k):
-        past = self.keys[:, : self.length, None].clone()
-        self.keys[:, : self.length] = self.turned(past, 0)[:, :, 0]
-        return super().append(q, k)
-
-
-class OldKeysNotTurned(RotaryCache):
-    def append(self, q, k):
-        start = self.length
-        scores = super().append(q, k)
-        self.keys[:, start : self.length] = k
-        return scores
-
-
-def rotary_case(seed: int, batch: int, heads: int, channels: int, calls: tuple[int, ...]) -> dict[str, Any]:
-    tokens = sum(calls)
-    q, k = random(seed, (batch, tokens, heads, channels), (batch, tokens, channels))
-    return {
-        "room": {
-            "batch": batch,
-            "max_tokens": tokens + 1,
-            "frequencies": rope_frequencies(channels, theta=40.0),
-        },
-        "calls": list(zip(q.split(calls, dim=1), k.split(calls, dim=1))),
-    }
-
-
-def score_call_by_call(make: Callable[..., Any], case: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What each call of `append` returned."""
-    cache = make(**case["room"])
-    return {
-        f"call {number}": cache.append(q.clone(), k.clone()) for number, (q, k) in enumerate(case["calls"], 1)
-    }
-
-
-ROTARY_CACHE = Exercise(
-    number="03.6",
-    name="RotaryCache",
-    title="a rotary cache that loses its place",
-    difficulty=2,
-    minutes=10,
-    answer=RotaryCache,
-    run=score_call_by_call,
-    cases=(
-        Case(
-            "2 texts, 3 heads of 4 channels; 5 tokens, then one by one 2 more",
-            lambda: rotary_case(12, 2, 3, 4, (5, 1, 1)),
-        ),
-        Case(
-            "1 text, 2 heads of 6 channels; 2 tokens, then 3, then 1",
-            lambda: rotary_case(13, 1, 2, 6, (2, 3, 1)),
-        ),
-    ),
-    mistakes=(
-        Mistake(
-            "every call from 0",
-            "Every call counts its positions from 0. Within one call that is right, which is why a prompt "
-            "shows nothing; but a token written later stands behind all that is stored.",
-            EveryCallFromZero,
-        ),
-        Mistake(
-            "queries from 0",
-            "The keys stand where they should; the queries of every call count from 0. A new query would "
-            "then look at its own past as if that lay ahead of it.",
-            QueriesFromZero,
-        ),
-        Mistake(
-            "keys from 0",
-            "The queries stand where they should; the keys of every call count from 0. A token's query and "
-            "key have the same position.",
-            KeysFromZero,
-        ),
-        Mistake(
-            "one step a call",
-            "The position grows by one a call, however many tokens came. After a prompt of several tokens "
-            "the next ones land in the middle of it.",
-            OneStepACall,
-        ),
-        Mistake(
-            "counted from the end",
-            "The first new token is said to stand behind the last new one: positions begin at the length "
-            "after the call. Calls of different sizes are then shifted against each other.",
-            FromTheEnd,
-        ),
-        Mistake(
-            "queries one further",
-            "Every query stands one position further than its own key. The score of a token with itself "
-            "should have no rotation in it.",
-            QueriesOneFurther,
-        ),
-        Mistake(
-            "turned at every call",
-            "Stored keys are turned again with every call. They were turned when they came in, and where a "
-            "token stands does not change.",
-            TurnedAtEveryCall,
-        ),
-        Mistake(
-            "old keys not turned",
-            "New keys are turned for the call they come in, but stored as they were. In later calls they "
-            "have no position.",
-            OldKeysNotTurned,
-        ),
-    ),
-    hints=(
-        "The first call is right and the second is not. What is different about the second call, before "
-        "anything is computed?",
-        "Print the positions that the angles are made of, for 3 tokens and then 1 more. They should be 0, 1, "
-        "2 and then 3.",
-        "start = how many tokens were stored before this call; end = start + the new ones\n"
-        "positions of the new tokens: start, start + 1, ... end - 1",
-    ),
-    checked="prompts, single tokens and several at once, every score of every call",
-    axes=("text", "head", "query", "key"),
-    given="every call from 0",
-)
-
-
 EXERCISES: tuple[Exercise, ...] = (
-    ROPE_FREQUENCIES,
     ROTATE_PAIRS,
+    ROPE_FREQUENCIES,
     MATRIX_BETWEEN,
     DECOUPLED_SCORES,
-    ROTARY_ROWS_TO_HALVES,
     ROTARY_CACHE,
+    ROTARY_ROWS_TO_HALVES,
 )
