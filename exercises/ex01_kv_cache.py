@@ -25,7 +25,8 @@ from torch import Tensor
 class LayerCache:
     """Keys and values of one layer, in memory that is allocated once.
 
-    keys, values: (batch, max_tokens, kv_heads, dim), zeros at first. length: how many tokens are stored.
+    keys, values: (batch, max_tokens, kv_heads, dim), zeros at first; batch: how many texts there are.
+    length: how many tokens of each text are stored.
 
     >>> cache = LayerCache(batch=1, max_tokens=4, kv_heads=1, dim=1)
     >>> first = cache.append(torch.ones(1, 2, 1, 1), torch.ones(1, 2, 1, 1))
@@ -92,8 +93,11 @@ def grouped_attention(
     """MHA, GQA and MQA in one: softmax(scale * q . k) v, with heads // kv_heads query heads on each key head.
 
     Query heads are grouped in order: of 6 query heads and 3 key/value heads, heads 0 and 1 read the first,
-    2 and 3 the second, 4 and 5 the third. Values may be narrower than keys. mask: True where a query may
-    look; causal: query t sees keys 0..t (nothing is cached).
+    2 and 3 the second, 4 and 5 the third. Values may be narrower than keys.
+
+    mask: True where a query may look, the same for all heads; its first axis is 1, or has a mask for each
+    text. causal: query t sees keys 0..t; it is asked for only when nothing is cached. The first lines, which
+    are given, make `visible` of both.
 
     Four query heads share two value heads. There is one key, so that each output is the value itself.
 
@@ -131,17 +135,17 @@ def kv_bytes_per_token(config: dict[str, Any], bits: float = 16) -> float:
 # exercise 01.5: how many texts at once, and how fast (difficulty 2 of 3, about 15 minutes)
 # check: python3 course.py check 01.5     in a notebook: check("01.5")
 # hint:  python3 course.py hint 01.5      in a notebook: hint("01.5")
-def decode_limits(memory: float, bandwidth: float, weights: float, sequence: float) -> tuple[int, float]:
-    """How many sequences fit beside the weights, and how many tokens a second all of them get at most.
+def decode_limits(memory: float, bandwidth: float, weights: float, one_text: float) -> tuple[int, float]:
+    """The batch, how many whole texts fit beside the weights, and the tokens a second it gets at most.
 
-    memory: bytes of the device; bandwidth: bytes it reads a second; weights: bytes of the model; sequence:
-    bytes in the cache of one sequence. One step of decoding writes one token of every sequence. It reads all
-    weights once, whatever the batch, and the cache of every sequence; the arithmetic hides behind that. If
-    not even one sequence fits: (0, 0.0).
+    memory: bytes of the device; bandwidth: bytes it reads a second; weights: bytes of the model; one_text:
+    bytes in the cache of one text. One step of decoding writes one token of every text. It reads all weights
+    once, whatever the batch, and the cache of every text; the arithmetic hides behind that. If not even one
+    text fits: (0, 0.0).
 
-    60 bytes are left beside the weights: 3 sequences. A step reads 40 + 3 * 20 = 100 bytes in 0.1 s.
+    60 bytes are left beside the weights: 3 texts. A step reads 40 + 3 * 20 = 100 bytes in 0.1 s.
 
-    >>> decode_limits(memory=100, bandwidth=1000, weights=40, sequence=20)
+    >>> decode_limits(memory=100, bandwidth=1000, weights=40, one_text=20)
     (3, 30.0)
     """
     raise NotImplementedError("exercise 01.5: write this, then run: python3 course.py check 01.5")
@@ -183,4 +187,4 @@ def decode(
         chosen_by.append(logits)
     return torch.cat(written, dim=1), torch.stack(chosen_by, dim=1)
 
-# stub 0541ad: file 114bcf, 01.1 17c452, 01.2 d650df, 01.3 71ee5a, 01.4 87c7fe, 01.5 ec27e2, 01.6 d4caf8
+# stub 3048d9: file 114bcf, 01.1 853e00, 01.2 d650df, 01.3 10d766, 01.4 87c7fe, 01.5 109051, 01.6 d4caf8

@@ -23,7 +23,8 @@ from torch import Tensor
 class LayerCache:
     """Keys and values of one layer, in memory that is allocated once.
 
-    keys, values: (batch, max_tokens, kv_heads, dim), zeros at first. length: how many tokens are stored.
+    keys, values: (batch, max_tokens, kv_heads, dim), zeros at first; batch: how many texts there are.
+    length: how many tokens of each text are stored.
 
     >>> cache = LayerCache(batch=1, max_tokens=4, kv_heads=1, dim=1)
     >>> first = cache.append(torch.ones(1, 2, 1, 1), torch.ones(1, 2, 1, 1))
@@ -51,7 +52,7 @@ class LayerCache:
         start, end = self.length, self.length + keys.shape[1]
         # PyTorch would not complain: a slice beyond the end is empty, and one token written into it is lost.
         if end > self.keys.shape[1]:
-            raise ValueError(f"the cache holds {self.keys.shape[1]} tokens a sequence and {end} are needed")
+            raise ValueError(f"the cache holds {self.keys.shape[1]} tokens a text and {end} are needed")
         self.keys[:, start:end] = keys
         self.values[:, start:end] = values
         self.length = end
@@ -107,8 +108,11 @@ def grouped_attention(
     """MHA, GQA and MQA in one: softmax(scale * q . k) v, with heads // kv_heads query heads on each key head.
 
     Query heads are grouped in order: of 6 query heads and 3 key/value heads, heads 0 and 1 read the first,
-    2 and 3 the second, 4 and 5 the third. Values may be narrower than keys. mask: True where a query may
-    look; causal: query t sees keys 0..t (nothing is cached).
+    2 and 3 the second, 4 and 5 the third. Values may be narrower than keys.
+
+    mask: True where a query may look, the same for all heads; its first axis is 1, or has a mask for each
+    text. causal: query t sees keys 0..t; it is asked for only when nothing is cached. The first lines, which
+    are given, make `visible` of both.
 
     Four query heads share two value heads. There is one key, so that each output is the value itself.
 
@@ -157,24 +161,24 @@ def kv_bytes_per_token(config: dict[str, Any], bits: float = 16) -> float:
 
 
 # exercise 01.5
-def decode_limits(memory: float, bandwidth: float, weights: float, sequence: float) -> tuple[int, float]:
-    """How many sequences fit beside the weights, and how many tokens a second all of them get at most.
+def decode_limits(memory: float, bandwidth: float, weights: float, one_text: float) -> tuple[int, float]:
+    """The batch, how many whole texts fit beside the weights, and the tokens a second it gets at most.
 
-    memory: bytes of the device; bandwidth: bytes it reads a second; weights: bytes of the model; sequence:
-    bytes in the cache of one sequence. One step of decoding writes one token of every sequence. It reads all
-    weights once, whatever the batch, and the cache of every sequence; the arithmetic hides behind that. If
-    not even one sequence fits: (0, 0.0).
+    memory: bytes of the device; bandwidth: bytes it reads a second; weights: bytes of the model; one_text:
+    bytes in the cache of one text. One step of decoding writes one token of every text. It reads all weights
+    once, whatever the batch, and the cache of every text; the arithmetic hides behind that. If not even one
+    text fits: (0, 0.0).
 
-    60 bytes are left beside the weights: 3 sequences. A step reads 40 + 3 * 20 = 100 bytes in 0.1 s.
+    60 bytes are left beside the weights: 3 texts. A step reads 40 + 3 * 20 = 100 bytes in 0.1 s.
 
-    >>> decode_limits(memory=100, bandwidth=1000, weights=40, sequence=20)
+    >>> decode_limits(memory=100, bandwidth=1000, weights=40, one_text=20)
     (3, 30.0)
     """
     # <solution>
-    batch = int((memory - weights) // sequence)
+    batch = int((memory - weights) // one_text)
     if batch < 1:
         return 0, 0.0
-    seconds = (weights + batch * sequence) / bandwidth  # of one step
+    seconds = (weights + batch * one_text) / bandwidth  # of one step
     return batch, batch / seconds
     # </solution>
 

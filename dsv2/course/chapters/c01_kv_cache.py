@@ -38,7 +38,7 @@ class LayerCache:
 
     def require_room(self, end: int) -> None:
         if end > self.keys.shape[1]:
-            raise ValueError(f"the cache holds {self.keys.shape[1]} tokens a sequence and {end} are needed")
+            raise ValueError(f"the cache holds {self.keys.shape[1]} tokens a text and {end} are needed")
 
     def store(self, keys: Tensor, values: Tensor, start: int) -> int:
         """Write and return the slot behind what was written."""
@@ -65,6 +65,29 @@ class AdvancesByOne(LayerCache):
         end = self.store(keys, values, self.length)
         self.length += 1
         return self.keys[:, :end], self.values[:, :end]
+
+
+class LengthOfTheCall(LayerCache):
+    def append(self, keys, values):
+        self.require_room(self.length + keys.shape[1])
+        end = self.store(keys, values, self.length)
+        self.length = keys.shape[1]
+        return self.keys[:, :end], self.values[:, :end]
+
+
+class NothingComesBack(LayerCache):
+    def append(self, keys, values):
+        self.require_room(self.length + keys.shape[1])
+        self.store(keys, values, self.length)
+        return self.keys[:, : self.length], self.values[:, : self.length]
+
+
+class WritesAtTheStart(LayerCache):
+    def append(self, keys, values):
+        self.require_room(self.length + keys.shape[1])
+        self.store(keys, values, 0)
+        self.length += keys.shape[1]
+        return self.keys[:, : self.length], self.values[:, : self.length]
 
 
 class ReturnsEverySlot(LayerCache):
@@ -191,6 +214,24 @@ LAYER_CACHE = Exercise(
             AdvancesByOne,
         ),
         Mistake(
+            "length of the call",
+            "The length is set to the number of new tokens. It counts all tokens stored so far, those of "
+            "earlier calls too.",
+            LengthOfTheCall,
+        ),
+        Mistake(
+            "nothing comes back",
+            "The length is still 0 after tokens were stored, and what is cut off by it is empty. Somewhere "
+            "it has to be told of them.",
+            NothingComesBack,
+        ),
+        Mistake(
+            "writes at the start",
+            "Every call writes into the first slots, over the tokens that are there. New tokens belong "
+            "behind those already stored.",
+            WritesAtTheStart,
+        ),
+        Mistake(
             "returns every slot",
             "All slots come back, the empty ones too. Their keys are zeros: a score of 0 is not a weight of "
             "0, so attention would count tokens that do not exist.",
@@ -295,6 +336,12 @@ def heads_among_themselves(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.masked_fill(later, NEVER).softmax(dim=-1) @ v
 
 
+def mask_turned_round(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
+    visible = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(cached(q, k))
+    return torch.einsum("bhts,bshd->bthd", scores.masked_fill(visible, NEVER).softmax(dim=-1), v)
+
+
 def masked_after_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
     return torch.einsum("bhts,bshd->bthd", scores.softmax(dim=-1).tril(cached(q, k)), v)
@@ -309,7 +356,7 @@ CAUSAL_ATTENTION = Exercise(
     answer=causal_attention,
     cases=(
         Case(
-            "2 texts of 5 tokens, none of them new to the others (tokens = keys), 3 heads of 4",
+            "2 texts of 5 tokens, nothing cached before them (tokens = keys), 3 heads of 4",
             lambda: attention_case(1, 2, 5, 5, 3, 4),
         ),
         Case(
@@ -345,6 +392,12 @@ CAUSAL_ATTENTION = Exercise(
             "This is what comes out when every query sees all keys. Only the newest token may: the ones "
             "before it would look into their own future.",
             lambda q, k, v: attend(q, k, v),
+        ),
+        Mistake(
+            "mask turned round",
+            "This is what comes out when the keys that a query may see are the hidden ones. The newest query "
+            "may see all, so that nothing is left for it: its output is NaN.",
+            mask_turned_round,
         ),
         Mistake(
             "mask of zeros",
@@ -440,6 +493,7 @@ def grouped(
     widen: Callable[[Tensor, int], Tensor] = lambda x, group: x.repeat_interleave(group, dim=2),
     widen_values: Callable[[Tensor, int], Tensor] | None = None,
     over: int = -1,
+    hidden: Callable[[Tensor], Tensor] = lambda visible: ~visible[:, None],
 ) -> Tensor:
     """The mistakes' attention: `widen` gives keys (and values) as many heads as there are queries'."""
     group = q.shape[2] // k.shape[2]
@@ -448,8 +502,9 @@ def grouped(
     visible = visible if mask is None else visible & mask
     k, v = widen(k, group), (widen_values or widen)(v, group)
     scores = scale * torch.einsum("bthd,bshd->bhts", q, k)
-    weights = scores.masked_fill(~visible[:, None], NEVER).softmax(dim=over)
-    return torch.einsum("bhts,bshd->bthd", weights.nan_to_num(0.0), v)
+    weights = scores.masked_fill(hidden(visible), NEVER).softmax(dim=over)
+    weights = weights.nan_to_num(0.0) if over != -1 else weights  # a column may be all hidden
+    return torch.einsum("bhts,bshd->bthd", weights, v)
 
 
 def tiled(x: Tensor, group: int) -> Tensor:
@@ -550,6 +605,30 @@ GROUPED_ATTENTION = Exercise(
             lambda q, k, v, scale, mask=None, causal=False: grouped(q, k, v, 1.0, mask, causal),
         ),
         Mistake(
+            "divided by the scale",
+            "This is what comes out when the scores are divided by `scale`. It is a factor already: for "
+            "ordinary attention the caller passes 1 / sqrt(dim).",
+            lambda q, k, v, scale, mask=None, causal=False: grouped(q, k, v, 1 / scale, mask, causal),
+        ),
+        Mistake(
+            "mask turned round",
+            "This is what comes out when the keys that a query may see are the hidden ones. A query that may "
+            "see all has nothing left, and its output is NaN.",
+            lambda *a, **b: grouped(*a, **b, hidden=lambda visible: visible[:, None]),
+        ),
+        Mistake(
+            "mask not used",
+            "This is right where no `mask` is given, and wrong where one is. `visible` holds what `mask` and "
+            "`causal` say together.",
+            lambda q, k, v, scale, mask=None, causal=False: grouped(q, k, v, scale, None, causal),
+        ),
+        Mistake(
+            "mask without heads",
+            "`visible` is (1 or batch, tokens, keys) and the scores are (batch, heads, tokens, keys), so its "
+            "texts met the heads. With a single mask for all texts that happens to work.",
+            lambda *a, **b: grouped(*a, **b, hidden=lambda visible: ~visible),
+        ),
+        Mistake(
             "visible not used",
             "This is what comes out when every query sees every key. The lines above your code have worked "
             "out which keys are visible.",
@@ -571,9 +650,9 @@ GROUPED_ATTENTION = Exercise(
     hints=(
         "6 query heads, 3 key/value heads. Write down, for query heads 0 to 5, which key/value head each of "
         "them reads. How could you give the keys 6 heads, so that head h simply meets head h?",
-        'The picture in the notebook, under "Heads that share", has the lines drawn. Head axes are axis 2 '
-        "of q, k and v. Scores have the shape (batch, heads, tokens, keys), `visible` (1 or batch, tokens, "
-        "keys).",
+        'The picture under "Heads that share" in the notebook has the lines drawn; the middle one is 8 query '
+        "heads on 2. Head axes are axis 2 of q, k and v. Scores have the shape (batch, heads, tokens, keys), "
+        "`visible` (1 or batch, tokens, keys).",
         "group = heads / kv_heads\n"
         "k, v: repeat every head `group` times, each beside its copies: 0 0 1 1 2 2\n"
         "scores = scale * q . k: einsum bthd, bshd -> bhts\n"
@@ -686,6 +765,31 @@ KV_BYTES_PER_TOKEN = Exercise(
                 / 8
             ),
         ),
+        Mistake(
+            "width shared by the key heads",
+            "This divides hidden_size by the key/value heads, which makes them too wide. A key is as wide as "
+            "the query it meets, and the queries' heads are those that share hidden_size.",
+            lambda config, bits=16: (
+                2
+                * numbers(
+                    config,
+                    head_dim=config.get(
+                        "head_dim",
+                        config["hidden_size"]
+                        // config.get("num_key_value_heads", config["num_attention_heads"]),
+                    ),
+                )
+                * bits
+                / 8
+            ),
+        ),
+        Mistake(
+            "hidden_size for the width",
+            "This takes hidden_size for the width of a single head. All query heads share it.",
+            lambda config, bits=16: (
+                2 * numbers(config, head_dim=config.get("head_dim", config["hidden_size"])) * bits / 8
+            ),
+        ),
     ),
     hints=(
         "Which vectors of a past token does attention need in one layer, and how many numbers has each of "
@@ -703,10 +807,10 @@ KV_BYTES_PER_TOKEN = Exercise(
 # ----------------------------------------------------------------------------------- 01.5 what fits, how fast
 
 
-def decode_limits(memory: float, bandwidth: float, weights: float, sequence: float) -> tuple[int, float]:
+def decode_limits(memory: float, bandwidth: float, weights: float, one_text: float) -> tuple[int, float]:
     """Right."""
-    batch = max(math.floor((memory - weights) / sequence), 0)
-    return (batch, batch * bandwidth / (weights + batch * sequence)) if batch else (0, 0.0)
+    batch = max(math.floor((memory - weights) / one_text), 0)
+    return (batch, batch * bandwidth / (weights + batch * one_text)) if batch else (0, 0.0)
 
 
 def limits_with(
@@ -714,11 +818,21 @@ def limits_with(
     read: Callable[[int, float, float], float] = lambda n, w, s: w + n * s,
     each: Callable[[int], float] = float,
 ) -> Callable[..., tuple[int, float]]:
-    """A mistake: fit(memory, weights, sequence), bytes read(batch, ...) in a step, tokens of one step."""
+    """A mistake: fit(memory, weights, one_text), bytes read(batch, ...) in a step, tokens of one step."""
 
-    def answer(memory: float, bandwidth: float, weights: float, sequence: float) -> tuple[int, float]:
-        batch = fit(memory, weights, sequence)
-        return (batch, each(batch) * bandwidth / read(batch, weights, sequence)) if batch else (0, 0.0)
+    def answer(memory: float, bandwidth: float, weights: float, one_text: float) -> tuple[int, float]:
+        batch = fit(memory, weights, one_text)
+        return (batch, each(batch) * bandwidth / read(batch, weights, one_text)) if batch else (0, 0.0)
+
+    return answer
+
+
+def upside_down(tokens: Callable[[int], float]) -> Callable[..., tuple[int, float]]:
+    """A mistake: seconds for so many tokens instead of tokens a second."""
+
+    def answer(memory: float, bandwidth: float, weights: float, one_text: float) -> tuple[int, float]:
+        batch, _ = decode_limits(memory, bandwidth, weights, one_text)
+        return (batch, (weights + batch * one_text) / bandwidth / tokens(batch)) if batch else (0, 0.0)
 
     return answer
 
@@ -733,15 +847,15 @@ DECODE_LIMITS = Exercise(
     cases=(
         Case(
             "DeepSeek-V2-Lite on one H100, texts of 128K tokens: 31.4 GB of weights, 4.1 GB a text",
-            lambda: {"memory": 80e9, "bandwidth": 3.35e12, "weights": 31.4e9, "sequence": 4.1e9},
+            lambda: {"memory": 80e9, "bandwidth": 3.35e12, "weights": 31.4e9, "one_text": 4.1e9},
         ),
         Case(
             "LLaMA3 70B on eight H100s, texts of 8K tokens: 141 GB of weights, 2.7 GB a text",
-            lambda: {"memory": 640e9, "bandwidth": 26.8e12, "weights": 141e9, "sequence": 2.7e9},
+            lambda: {"memory": 640e9, "bandwidth": 26.8e12, "weights": 141e9, "one_text": 2.7e9},
         ),
         Case(
             "LLaMA3 70B on one H100: the weights alone do not fit",
-            lambda: {"memory": 80e9, "bandwidth": 3.35e12, "weights": 141e9, "sequence": 2.7e9},
+            lambda: {"memory": 80e9, "bandwidth": 3.35e12, "weights": 141e9, "one_text": 2.7e9},
         ),
     ),
     mistakes=(
@@ -792,15 +906,33 @@ DECODE_LIMITS = Exercise(
             "This is the number of steps a second. Each step writes one token of every text of the batch.",
             limits_with(each=lambda n: 1.0),
         ),
+        Mistake(
+            "part of a text",
+            "The batch is no whole number: part of a text cannot be written. What is left of the memory "
+            "stays empty.",
+            limits_with(fit=lambda m, w, s: max((m - w) / s, 0)),
+        ),
+        Mistake(
+            "seconds of a step",
+            "The batch is right; the second number is how many seconds a step takes. Asked for are the "
+            "tokens that come out of one second.",
+            upside_down(lambda batch: 1.0),
+        ),
+        Mistake(
+            "seconds a token",
+            "The batch is right; the second number is the seconds for each token. Tokens a second are one "
+            "divided by it.",
+            upside_down(float),
+        ),
     ),
     hints=(
         "Ten texts are written at once. In one step, how often are the weights read from memory, and how "
         "often is the cache of one text? How many tokens come out of the step?",
-        '"What 128K tokens cost" in the notebook has the first half, "Measure" the second. Bytes '
+        '"What 128K tokens cost" in the notebook works both out for one model. Bytes '
         "divided by bytes a second are seconds. Think of weights larger than the memory.",
-        "batch = (memory - weights) / sequence, rounded down\n"
+        "batch = (memory - weights) / one_text, rounded down\n"
         "if batch is below 1: return 0, 0.0\n"
-        "seconds of a step = (weights + batch * sequence) / bandwidth\n"
+        "seconds of a step = (weights + batch * one_text) / bandwidth\n"
         "return batch, batch / seconds",
     ),
     checked="a batch that leaves no text half in memory, weights read once a step and caches once a text, "
@@ -857,16 +989,18 @@ def decode_loop(
     feed: Callable[[Tensor, Tensor], Tensor] = lambda earlier, new: new,
     newest: int = -1,
     fresh: bool = False,
+    first: int = 0,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """A loop with one part changed. advance(position, tokens read), positions(position, tokens to read),
-    feed(tokens before, new one), newest: which token's logits are used, fresh: a new cache at every step."""
+    feed(tokens before, new one), newest: which token's logits are used, fresh: a new cache at every step,
+    first: the prompt's position."""
 
     def answer(model: SmallModel, prompt: Tensor, count: int) -> tuple[Tensor, Tensor]:
         def room():
             return model.new_cache(batch=prompt.shape[0], max_tokens=4 * (prompt.shape[1] + count) ** 2)
 
         cache, written, chosen_by = room(), [], []
-        tokens, position = prompt, 0
+        tokens, position = prompt, first
         for _ in range(count):
             cache = room() if fresh else cache
             logits = model(tokens, positions(position, tokens.shape[1]), cache)[:, newest]
@@ -901,6 +1035,28 @@ def decode_case(seed: int, batch: int, prompt: int, count: int) -> dict[str, Any
     return {"model": SmallModel(seed), "prompt": tokens, "count": count}
 
 
+class Listening:
+    """A model that notes which positions it is called with, in words: "0 1 2, 3, 4"."""
+
+    def __init__(self, model: SmallModel):
+        self.model, self.new_cache = model, model.new_cache
+        self.calls: list[str] = []
+
+    def __call__(self, tokens: Tensor, positions: Tensor, cache: list[LayerCache]) -> Tensor:
+        self.calls.append(" ".join(str(position) for position in positions.flatten().tolist()))
+        return self.model(tokens, positions, cache)
+
+
+def run_decode(answer: Callable[..., Any], case: Mapping[str, Any]) -> Any:
+    """What was written, and where: SmallModel sees distances only, and would not mind a wrong beginning."""
+    model = Listening(case["model"])
+    result = answer(model, case["prompt"], case["count"])
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        raise TypeError(f"decode is to return two tensors, tokens and logits; it returned {type(result)}")
+    tokens, logits = result
+    return {"tokens": tokens, "logits": logits, "the positions of each call": ", ".join(model.calls)}
+
+
 DECODE = Exercise(
     number="01.6",
     name="decode",
@@ -908,6 +1064,7 @@ DECODE = Exercise(
     difficulty=2,
     minutes=10,
     answer=decode_loop(),
+    run=run_decode,
     cases=(
         Case("2 prompts of 5 tokens, 6 to write", lambda: decode_case(29, 2, 5, 6)),
         Case("3 prompts of 4 tokens, 7 to write", lambda: decode_case(34, 3, 4, 7)),
@@ -938,6 +1095,18 @@ DECODE = Exercise(
             decode_loop(
                 advance=lambda position, tokens: position + tokens + (position == 0),
             ),
+        ),
+        Mistake(
+            "one further a call",
+            "After the prompt the position is 1: it moved by one for all of the prompt's tokens. How many "
+            "were read has to be counted before `tokens` is replaced by the new one.",
+            decode_loop(advance=lambda position, tokens: position + 1),
+        ),
+        Mistake(
+            "counted from 1",
+            "The prompt is said to begin at position 1, and all that follows stands one too far. This model "
+            "writes the same, since it looks at distances only; another would not.",
+            decode_loop(first=1),
         ),
         Mistake(
             "prompt's last token twice",
@@ -973,8 +1142,8 @@ DECODE = Exercise(
         "before the loop: 0\n"
         "after every call: larger by the number of tokens in this call",
     ),
-    checked="every token and every logit along the way, for several prompts at once",
-    axes=(("text", "step"), ("text", "step", "vocab")),
+    checked="every token, every logit and every position along the way, for several prompts at once",
+    axes={"tokens": ("text", "step"), "logits": ("text", "step", "vocab")},
     tolerance=1e-4,
     given="position set, not advanced",
 )
