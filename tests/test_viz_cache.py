@@ -21,8 +21,8 @@ from dsv2.viz import (
     step_times,
     visible_keys,
 )
-from dsv2.viz.cache import plan, tokens_text
-from dsv2.viz.style import SMALL, ink
+from dsv2.viz.cache import plan, plan_figure, tokens_text
+from dsv2.viz.style import SMALL, ink, png
 
 MODELS, DEVICES = published_models(), published_devices()
 H100 = DEVICES["H100 80GB"]
@@ -65,6 +65,11 @@ def test_decode_work_counts_every_token():
         "without a cache: 9 tokens",
         "with a cache: 4 tokens",
     ]
+    assert [(cell.get_x() + 0.46, cell.get_y() - 0.54) for cell in with_cache.patches[2:5]] == [
+        (0, 1),
+        (1, 1),
+        (2, 1),
+    ]  # the second step: positions 0 and 1 are in the cache, 2 is new
     colours = [tuple(patch.get_facecolor()) for patch in with_cache.patches]
     assert sorted(colours.count(colour) for colour in set(colours)) == [4, 5]  # 4 new, 2 + 3 in the cache
     with pytest.raises(ValueError, match="prompt=0"):
@@ -102,7 +107,8 @@ def test_memory_bars_on_eight_gpus():
     weights, text = figure.axes[0].patches
     assert (weights.get_width(), text.get_width()) == pytest.approx((141.107, 42.950), abs=1e-3)
     assert text.get_x() == weights.get_width()
-    assert "42.9 GB a text, 11 fit on 8" in [t.get_text() for t in figure.axes[0].texts]
+    texts = [t.get_text() for t in figure.axes[0].texts]
+    assert texts == ["1 x H100", "8 x H100", "weights", "one text", "fit on 8", "141 GB", "42.9 GB", "11"]
 
 
 def test_step_times_draws_what_it_is_given():
@@ -180,6 +186,18 @@ def test_the_calculator_follows_its_controls():
     assert explorer.values["context"] == 131072 and explorer.error is None
 
 
+def test_a_figure_drawn_over_is_like_a_new_one():
+    explorer = cache_calculator("LLaMA3 70B")
+    first = png(explorer.figure)
+    for changes in ({"gpus": 1}, {"model": "DeepSeek-V2", "gpus": 16, "batch": 1024}, {"cache_bits": 4}):
+        drawn_over = png(explorer.set(**changes))
+        values = {name: control.value for name, control in explorer.controls.items()}
+        count = "" if values["gpus"] == 1 else f"{values['gpus']} x "
+        assert drawn_over == png(plan_figure(plan(**values), count + values["device"]))
+    explorer.reset()
+    assert png(explorer.figure) == first
+
+
 def test_ones_own_model_begins_where_the_last_one_was():
     explorer = cache_calculator()
     sliders = [explorer.controls[name] for name in ("layers", "heads", "kv_heads", "head_dim", "billions")]
@@ -187,12 +205,11 @@ def test_ones_own_model_begins_where_the_last_one_was():
     assert all(control.layout.display is None for control in others)
     assert all(slider.layout.display == "none" for slider in sliders)
     explorer.set(model="Mixtral 8x22B")
-    before = explorer.figure.axes[1]
+    before = line(explorer.figure.axes[1], "here").get_ydata()[0]
     explorer.set(model="own")
     assert all(slider.layout.display is None for slider in sliders)
     assert [slider.value for slider in sliders[:4]] == [56, 48, 8, 128]
-    here = [line(axes, "here").get_ydata()[0] for axes in (before, explorer.figure.axes[1])]
-    assert here[0] == here[1] == 11
+    assert before == line(explorer.figure.axes[1], "here").get_ydata()[0] == 11
     explorer.set(kv_heads=1)
     assert line(explorer.figure.axes[1], "MQA").get_color() in ("#CC79A7", ink("#CC79A7"))
 

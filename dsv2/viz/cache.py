@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 
 import ipywidgets
 import numpy as np
@@ -70,12 +70,12 @@ def decode_work(prompt: int, new: int) -> Figure:
                     colour = (
                         style.tint(style.ACTIVE, 0.45) if name == "without" else style.tint(style.CACHED, 0.3)
                     )
-                panel.add_patch(Rectangle((token + 0.54, step + 0.54), 0.92, 0.92, color=colour, linewidth=0))
-        panel.set_xlim(0.4, prompt + new - 1 + 0.6)
+                panel.add_patch(Rectangle((token - 0.46, step + 0.54), 0.92, 0.92, color=colour, linewidth=0))
+        panel.set_xlim(-0.6, prompt + new - 2 + 0.6)
         panel.set_ylim(new + 0.6, 0.4)
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         panel.set_yticks(range(1, new + 1, math.ceil(new / 12)))
-        label(panel, "token of the text", title=f"{name} a cache: {count:,} tokens")
+        label(panel, "position in the text", title=f"{name} a cache: {count:,} tokens")
     label(panels[0], y="step")
     key = [
         (style.ACTIVE, "goes through the model"),
@@ -142,6 +142,7 @@ def head_sharing(heads: int = 8, kv_heads: Sequence[int] = (8, 2, 1)) -> Figure:
             x, centre = head + 0.5, centres[head * count // heads]
             panel.plot([x, centre], [1.86, 0.95], color=style.tint(colour, 0.6), linewidth=2.2, zorder=1)
             panel.plot(x, 2, "o", color=style.tint(style.ORANGE, 0.75), markersize=19, markeredgewidth=0)
+            panel.text(x, 1.98, "Q", ha="center", va="center", fontsize=SMALL, color=INK)
         for centre in centres:
             for lower, letter in ((0.5, "K"), (-0.2, "V")):
                 box = FancyBboxPatch(
@@ -169,16 +170,16 @@ def head_sharing(heads: int = 8, kv_heads: Sequence[int] = (8, 2, 1)) -> Figure:
             loc="center",
         )
         said = (
-            "each its own"
+            "each query has its own K, V"
             if name == "MHA"
-            else "all share one"
+            else f"all {heads} queries share one K, V"
             if name == "MQA"
-            else f"{heads // count} share one"
+            else f"every {heads // count} queries share one K, V"
         )
-        panel.text(heads / 2, -0.75, f"{heads} query heads, {said}", ha="center", fontsize=SMALL, color=INK)
+        panel.text(heads / 2, -0.75, said, ha="center", fontsize=SMALL, color=INK)
     said = ", ".join(f"{2 * count} vectors a token with {count} key/value heads" for count in kv_heads)
     return finish(
-        figure, f"{heads} query heads, drawn as circles, and the keys and values they read: {said}."
+        figure, f"{heads} query heads, circles with a Q, and the keys and values they read: {said}."
     )
 
 
@@ -223,7 +224,7 @@ def published_cache(models: Mapping[str, DSV2Config], bits: float | int = 16) ->
 
 @dataclass(frozen=True)
 class Fit:
-    """What a model takes of a device: bytes of weights and of one sequence's cache; `batch` sequences fit."""
+    """What a model takes of a device: bytes of weights and of one text's cache; `batch` texts fit."""
 
     weights: float
     sequence: float
@@ -242,14 +243,14 @@ def fit(cfg: DSV2Config, context: int, device: Device, gpus: int = 1, bits: floa
 def memory_bars(
     models: Mapping[str, DSV2Config], context: int, device: Device, gpus: Sequence[int] = (1, 8)
 ) -> Figure:
-    """Weights and the cache of one sequence, a bar each model, against the memory of so many devices.
+    """Weights and the cache of one text, a bar each model, against the memory of so many devices.
 
-    Beside each bar: the size of the cache, and how many such sequences fit on the last of `gpus`.
+    Beside the bars: both in numbers, and how many such texts fit on the last of `gpus`.
     """
     if not models or not gpus:
         raise ValueError("models and gpus must each hold at least one entry")
     fits = {name: fit(cfg, context, device, gpus[-1]) for name, cfg in models.items()}
-    ax = new_axes(None, 10.0, 1.6 + 0.66 * len(models), "x", left=2.35, right=0.4, bottom=0.8, top=0.5)
+    ax = new_axes(None, 10.0, 1.6 + 0.66 * len(models), "x", left=1.8, right=3.35, bottom=0.8, top=0.5)
     said = []
     widest = max(max(f.weights + f.sequence for f in fits.values()), max(gpus) * device.memory)
     for count in gpus:
@@ -264,31 +265,41 @@ def memory_bars(
             fontsize=SMALL,
             color=INK,
         )
+    columns = {
+        "weights": (80, style.GREY),
+        "one text": (154, style.CACHED),
+        f"fit on {gpus[-1]}": (222, INK),
+    }
+
+    def write(y: float, texts: Sequence[str], bold: str, coordinates: str) -> None:
+        for text, (right, colour) in zip(texts, columns.values()):
+            ax.annotate(
+                text,
+                (1.0, y),
+                xycoords=("axes fraction", coordinates),
+                xytext=(right, 5 if coordinates == "axes fraction" else 0),
+                textcoords="offset points",
+                ha="right",
+                va="baseline" if coordinates == "axes fraction" else "center",
+                fontsize=SMALL,
+                fontweight=bold,
+                color=style.ink(colour),
+                annotation_clip=False,
+            )
+
+    write(1.0, list(columns), "normal", "axes fraction")
     for row, (name, taken) in enumerate(fits.items()):
         ax.barh(row, taken.weights / 1e9, height=0.6, color=WEIGHTS, zorder=3)
         ax.barh(row, taken.sequence / 1e9, left=taken.weights / 1e9, height=0.6, color=style.CACHED, zorder=3)
-        text = f"{human_bytes(taken.sequence)} a text, {taken.batch} fit on {gpus[-1]}"
-        note = ax.annotate(
-            text,
-            ((taken.weights + taken.sequence) / 1e9, row),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=BASE,
-            fontweight="bold",
-            color=style.CACHED,
-            zorder=4,
-        )
-        note.set_bbox({"facecolor": style.PAPER, "edgecolor": "none", "pad": 1.5})
-        said.append(
-            f"{name}: weights {human_bytes(taken.weights)}, one text {human_bytes(taken.sequence)}, "
-            f"{taken.batch} fit"
-        )
-    ax.set_yticks(range(len(fits)), list(fits), fontsize=BASE)
+        weights, one_text = human_bytes(taken.weights), human_bytes(taken.sequence)
+        write(row, [weights, one_text, f"{taken.batch}"], "bold", "data")
+        said.append(f"{name}: weights {weights}, one text {one_text}, {taken.batch} fit")
+    ax.set_yticks(range(len(fits)), list(fits), fontsize=SMALL)
     ax.invert_yaxis()
-    ax.set_xlim(0, widest / 1e9 * 1.22)
+    ax.set_xlim(0, widest / 1e9 * 1.04)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.tick_params(axis="y", length=0)
-    label(ax, f"memory (GB): grey is weights, blue the cache of one text of {tokens_text(context)} tokens")
+    label(ax, f"memory (GB): weights and one text of {tokens_text(context)} tokens")
     return finish(
         ax,
         f"Memory of one text of {context:,} tokens, and how many fit on {gpus[-1]} {device.name}: "
@@ -505,13 +516,40 @@ def plan(
     )
 
 
-def plan_figure(numbers: Plan, where: str) -> Figure:
-    """Above: weights and caches against the memory of `where`. Below: the largest batch by context."""
+def _empty_plan() -> Figure:
+    """What is the same in every figure of a plan: axes, ticks and labels, most of the work of drawing one."""
     figure = new_figure(9.6, 5.5)
     top, below = figure.subplots(2, 1, height_ratios=[1, 3.1])
     style.margins(figure, left=1.15, right=1.75, bottom=0.8, top=0.6, hspace=0.75)
     style.style_axes(top, None)
     style.style_axes(below, "both")
+    top.set_ylim(-0.65, 0.65)
+    top.set_yticks([])
+    top.spines["left"].set_visible(False)
+    top.xaxis.set_major_locator(MaxNLocator(7))
+    below.set_xscale("log", base=2)
+    below.set_yscale("log")
+    below.set_xlim(CONTEXTS[0], CONTEXTS[-1])
+    below.set_ylim(0.5, 30_000)
+    below.xaxis.set_major_locator(FixedLocator(CONTEXTS[::2]))
+    below.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_text(round(value))))
+    below.yaxis.set_major_locator(FixedLocator([1, 10, 100, 1000, 10_000]))
+    below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    below.xaxis.set_minor_locator(NullLocator())
+    below.yaxis.set_minor_locator(NullLocator())
+    label(below, "tokens of context", "texts that fit")
+    return figure
+
+
+def plan_figure(numbers: Plan, where: str, figure: Figure | None = None) -> Figure:
+    """Above: weights and caches against the memory of `where`. Below: the largest batch by context.
+
+    figure: one that this function made, to be drawn over; None: a new one.
+    """
+    figure = _empty_plan() if figure is None else figure
+    top, below = figure.axes
+    for artist in [artist for axes in (top, below) for artist in (*axes.lines, *axes.patches, *axes.texts)]:
+        artist.remove()
     unit, name = (1e12, "TB") if max(numbers.memory, numbers.weights + numbers.cache) >= 2e12 else (1e9, "GB")
     total = numbers.weights + numbers.cache
     top.barh(0, numbers.weights / unit, height=0.7, color=WEIGHTS, label="weights")
@@ -519,10 +557,6 @@ def plan_figure(numbers: Plan, where: str) -> Figure:
     top.barh(0, numbers.cache / unit, left=numbers.weights / unit, height=0.7, color=colour, label="cache")
     top.plot([numbers.memory / unit] * 2, [-0.62, 0.62], color=INK, linewidth=3.0, label="memory")
     top.set_xlim(0, max(total, numbers.memory) / unit * 1.03)
-    top.set_ylim(-0.65, 0.65)
-    top.set_yticks([])
-    top.spines["left"].set_visible(False)
-    top.xaxis.set_major_locator(MaxNLocator(7))
     top.annotate(
         "fits" if numbers.fits else f"{total / numbers.memory:.2g}x\ntoo much",
         (1.0, 0.5),
@@ -555,10 +589,6 @@ def plan_figure(numbers: Plan, where: str) -> Figure:
             label=twin,
         )
         ends.append((shown[-1], ("" if mine else "as ") + twin, colour, mine))
-    below.set_xscale("log", base=2)
-    below.set_yscale("log")
-    below.set_xlim(CONTEXTS[0], CONTEXTS[-1])
-    below.set_ylim(0.5, 30_000)
     # Two lines may end close to each other: their names keep a line's distance, in decades.
     places = {
         at: _spread([math.log10(y) for (x, y), *_ in ends if x == at], 0.62)
@@ -604,13 +634,6 @@ def plan_figure(numbers: Plan, where: str) -> Figure:
             fontsize=18,
             color=style.ink(style.VERMILLION),
         )
-    below.xaxis.set_major_locator(FixedLocator(CONTEXTS[::2]))
-    below.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_text(round(value))))
-    below.yaxis.set_major_locator(FixedLocator([1, 10, 100, 1000, 10_000]))
-    below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    below.xaxis.set_minor_locator(NullLocator())
-    below.yaxis.set_minor_locator(NullLocator())
-    label(below, "tokens of context", "texts that fit")
     return finish(
         figure,
         f"{where}: weights {human_bytes(numbers.weights)} and a cache of {human_bytes(numbers.cache)} "
@@ -697,11 +720,13 @@ def cache_calculator(model: str = "LLaMA3 70B", context: int = 128 * 1024) -> Ex
     controls["model"].observe(follow, "value")
     follow()
 
-    def draw(**values) -> Figure:
-        count = "" if values["gpus"] == 1 else f"{values['gpus']} x "
-        return plan_figure(plan(**values), count + values["device"])
+    worked_out = lru_cache(maxsize=1)(plan)  # for the figure and its caption
 
-    explorer = Explorer(draw, caption=lambda **values: plan_caption(plan(**values)), **controls)
+    def draw(figure: Figure | None, **values) -> Figure:
+        count = "" if values["gpus"] == 1 else f"{values['gpus']} x "
+        return plan_figure(worked_out(**values), count + values["device"], figure)
+
+    explorer = Explorer(draw, caption=lambda **values: plan_caption(worked_out(**values)), **controls)
     columns = (
         ["model", "layers", "heads", "kv_heads", "head_dim", "billions", "cache_bits", "weight_bits"],
         ["context", "batch", "device", "gpus"],

@@ -194,7 +194,7 @@ def _pixels(figure: Figure, dpi: float | None = None) -> Image.Image:
             canvas = figure.canvas if hasattr(figure.canvas, "buffer_rgba") else FigureCanvasAgg(figure)
             canvas.draw()
             # Every figure here is opaque, so nothing is lost with the alpha channel.
-            return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+            return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
         finally:
             if figure.dpi != before:
                 figure.set_dpi(before)
