@@ -1054,7 +1054,7 @@ def run_decode(answer: Callable[..., Any], case: Mapping[str, Any]) -> Any:
     if not isinstance(result, (tuple, list)) or len(result) != 2:
         raise TypeError(f"decode is to return two tensors, tokens and logits; it returned {type(result)}")
     tokens, logits = result
-    return {"tokens": tokens, "logits": logits, "the positions of each call": ", ".join(model.calls)}
+    return {"the tokens": tokens, "the logits": logits, "the positions of each call": ", ".join(model.calls)}
 
 
 DECODE = Exercise(
@@ -1143,7 +1143,7 @@ DECODE = Exercise(
         "after every call: larger by the number of tokens in this call",
     ),
     checked="every token, every logit and every position along the way, for several prompts at once",
-    axes={"tokens": ("text", "step"), "logits": ("text", "step", "vocab")},
+    axes={"the tokens": ("text", "step"), "the logits": ("text", "step", "vocab")},
     tolerance=1e-4,
     given="position set, not advanced",
 )
