@@ -560,7 +560,8 @@ def test_an_impossible_port(ready, capsys, port):
         ("attention", "demos/attention"),
     ],
 )
-def test_find_notebook(course, home, name, found):
+def test_find_notebook(course, home, name, found, monkeypatch):
+    monkeypatch.chdir(home.parent)  # or a notebook of this repository, below the folder it runs in, comes first
     assert course.find_notebook(name) == home / "notebooks" / f"{found}.ipynb"
 
 

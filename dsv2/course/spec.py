@@ -63,7 +63,7 @@ class Exercise:
     mistakes: tuple[Mistake, ...]
     hints: tuple[str, str, str]
     checked: str
-    axes: tuple[Any, ...] = ()
+    axes: tuple[Any, ...] | dict[str, Any] = ()
     tolerance: float = 1e-5
     run: Callable[[Callable[..., Any], Mapping[str, Any]], Any] = call
     replaces: tuple[str, ...] = ()
