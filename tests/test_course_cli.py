@@ -561,7 +561,7 @@ def test_an_impossible_port(ready, capsys, port):
     ],
 )
 def test_find_notebook(course, home, name, found, monkeypatch):
-    monkeypatch.chdir(home.parent)  # or a notebook of this repository, below the folder it runs in, comes first
+    monkeypatch.chdir(home.parent)  # not here, where such a notebook lies
     assert course.find_notebook(name) == home / "notebooks" / f"{found}.ipynb"
 
 
