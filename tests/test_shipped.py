@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from dsv2.data.arithmetic import arithmetic_documents, arithmetic_problems
 from dsv2.data.documents import Corpus
 
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny"
+MHA = TINY.with_name("mha")
 
 
 @torch.no_grad()
@@ -75,3 +77,20 @@ def test_it_adds(model):
     # Guessing among the two-digit and three-digit sums would be right once in about a hundred.
     assert right / len(exam) > 0.5, right
     assert math.isfinite(right)
+
+
+def test_the_model_with_mha_is_what_its_notes_say():
+    assert (MHA / "model.safetensors").stat().st_size < 3e6
+    model, notes = load_pretrained(MHA), json.loads((MHA / "training.json").read_text(encoding="utf-8"))
+    cfg = model.cfg
+    assert (cfg.attention, cfg.num_attention_heads, cfg.kv_heads, cfg.baseline_head_dim) == ("mha", 8, 8, 16)
+    assert (cfg.hidden_size, cfg.num_hidden_layers, cfg.n_routed_experts) == (128, 4, 0)
+    assert (
+        model.layers[2].attention.w_k.weight.shape == model.layers[2].attention.w_v.weight.shape == (128, 128)
+    )
+    training, validation = notes["training"], notes["validation"]
+    assert notes["tokens"] == training["steps"] * training["batch_size"] * training["seq_len"]
+    settings = dict(re.findall(r"--set (\w+)=(\S+)", notes["command"]))
+    assert {name: str(getattr(cfg, name)) for name in settings} == settings
+    assert f"--steps {training['steps']}" in notes["command"] and "/" not in notes["command"]
+    assert validation["model"] < validation["ngrams"][0]["nats_per_byte"]
