@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dsv2.attention import mla
+
 
 # exercise 04.1: the query takes W^UK over (difficulty 1 of 3, about 10 minutes)
 # check: python3 course.py check 04.1     in a notebook: check("04.1")
@@ -54,8 +56,8 @@ def absorbed_attention(
         a_j = Softmax_j( scale * (q_latent . c_j + q_rope . k_rope_j) ),    result = sum over j of a_j c_j
 
     This is equation 18 of DeepSeek-V2 with W^UK moved to the query and W^UV left for later. All heads read
-    the same latents and the same rotary keys. mask: True where a query may look; None: everywhere. It has no
-    axis for the heads, and may hold one table for all texts.
+    the same latents and the same rotary keys. mask, (batch or 1, tokens, keys):
+    True where a query may look; None: everywhere. It has no axis for the heads.
 
     One query and two cached tokens with the latents 4 and 8. The scores of the rotary part are 0 and ln 3,
     those of the latents 0, so that the weights are 1/4 and 3/4.
@@ -99,11 +101,11 @@ def multiply_adds(
 ) -> tuple[int, int]:
     """Multiply-adds of one head's attention, in the expanded and in the absorbed form.
 
-    `tokens` queries meet `keys` cached tokens each, and the cache holds latents. Counted is everything
-    behind the cache and the query: expanded, the keys and values are rebuilt from the latents of all cached
-    tokens, then attended to; absorbed, W^UK is applied to the queries and W^UV to the outputs, and attention
-    runs on the latents. latent: d_c, rope: d_h^R, nope: the part of a key without rotation, value: the width
-    of a value.
+    Each of `tokens` queries meets all `keys` cached tokens, and the cache holds latents. Queries and latents
+    are there; counted is everything that happens after. Expanded: the keys and values are rebuilt from the
+    latents of all cached tokens, then attended to. Absorbed: W^UK is applied to the queries and W^UV to the
+    outputs, and attention runs on the latents. latent: d_c, rope: d_h^R, nope: the part of a key without
+    rotation, value: the width of a value.
 
     A matrix of m x n numbers times a vector takes m n multiply-adds, a product of two vectors of n takes n.
     The softmax is not counted.
@@ -137,7 +139,7 @@ def most_absorbed_tokens(keys: int, *, latent: int, rope: int, nope: int, value:
     raise NotImplementedError("exercise 04.5: write this, then run: python3 course.py check 04.5")
 
 
-# exercise 04.6: the step that reads too evenly (a bug hunt, difficulty 2 of 3, about 15 minutes)
+# exercise 04.6: one row for each cached token (a bug hunt, difficulty 2 of 3, about 15 minutes)
 # check: python3 course.py check 04.6     in a notebook: check("04.6")
 # hint:  python3 course.py hint 04.6      in a notebook: hint("04.6")
 def decode_step(
@@ -153,7 +155,8 @@ def decode_step(
         o_t = sum over j <= t of  Softmax_j(q_t . k_j / sqrt(d_h + d_h^R)) v_j     (DeepSeek-V2, equation 18)
 
     d_h is the width `nope` of a key's part without rotation, d_h^R the width `rope`. The queries are those
-    of the last `tokens` of the `keys` tokens in the cache.
+    of the last `tokens` of the `keys` tokens in the cache. Each cached token is put into one row, so that
+    one product gives its whole score.
 
     One token, which sees only itself: its weight is 1, whatever its score, and the output is its value, 20.
 
@@ -161,16 +164,15 @@ def decode_step(
     >>> decode_step(one, one, torch.tensor([[[2.0]]]), torch.ones(1, 1, 1), one[0], 10 * one[0]).item()
     20.0
 
-    This code runs, and the model it sits in still writes words. One of its lines is wrong: find it.
+    This code runs, and its result has the right shape. One of its lines is wrong: find it.
     """
-    tokens, keys = q_nope.shape[1], latent.shape[1]
-    q_latent = torch.einsum("bthn,hnc->bthc", q_nope, w_uk)
-    scores = torch.einsum("bthc,bsc->bhts", q_latent, latent)
-    scores = scores + torch.einsum("bthr,bsr->bhts", q_rope, k_rope)
-    scores = scores / (q_latent.shape[-1] + q_rope.shape[-1]) ** 0.5
-    visible = torch.ones(tokens, keys, dtype=torch.bool).tril(keys - tokens)
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-    mixture = torch.einsum("bhts,bsc->bthc", weights, latent)
-    return torch.einsum("bthc,hvc->bthv", mixture, w_uv)
+    query = torch.cat([q_rope, mla.absorb_query(q_nope, w_uk)], dim=-1)
+    rows = torch.cat([k_rope, latent], dim=-1)[:, None]  # (batch, 1, keys, rope + latent): for all heads
+    scores = query.transpose(1, 2) @ rows.mT / (q_nope.shape[-1] + q_rope.shape[-1]) ** 0.5
+    tokens, keys = scores.shape[-2:]
+    future = torch.full((tokens, keys), -torch.inf).triu(keys - tokens + 1)
+    weights = torch.softmax(scores + future, dim=-1)
+    mixture = weights @ rows[..., : latent.shape[-1]]
+    return mla.expand_output(mixture.transpose(1, 2), w_uv)
 
-# stub d78a42: file de7872, 04.1 c7d63b, 04.2 b0eec3, 04.3 b4a1df, 04.4 384011, 04.5 0c473c, 04.6 c42997
+# stub e74491: file 300d44, 04.1 c7d63b, 04.2 c98cd8, 04.3 b4a1df, 04.4 ff149a, 04.5 0c473c, 04.6 6ba612

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dsv2.attention import mla
+
 
 # exercise 04.1
 def absorb_query(
@@ -54,8 +56,8 @@ def absorbed_attention(
         a_j = Softmax_j( scale * (q_latent . c_j + q_rope . k_rope_j) ),    result = sum over j of a_j c_j
 
     This is equation 18 of DeepSeek-V2 with W^UK moved to the query and W^UV left for later. All heads read
-    the same latents and the same rotary keys. mask: True where a query may look; None: everywhere. It has no
-    axis for the heads, and may hold one table for all texts.
+    the same latents and the same rotary keys. mask, (batch or 1, tokens, keys):
+    True where a query may look; None: everywhere. It has no axis for the heads.
 
     One query and two cached tokens with the latents 4 and 8. The scores of the rotary part are 0 and ln 3,
     those of the latents 0, so that the weights are 1/4 and 3/4.
@@ -107,11 +109,11 @@ def multiply_adds(
 ) -> tuple[int, int]:
     """Multiply-adds of one head's attention, in the expanded and in the absorbed form.
 
-    `tokens` queries meet `keys` cached tokens each, and the cache holds latents. Counted is everything
-    behind the cache and the query: expanded, the keys and values are rebuilt from the latents of all cached
-    tokens, then attended to; absorbed, W^UK is applied to the queries and W^UV to the outputs, and attention
-    runs on the latents. latent: d_c, rope: d_h^R, nope: the part of a key without rotation, value: the width
-    of a value.
+    Each of `tokens` queries meets all `keys` cached tokens, and the cache holds latents. Queries and latents
+    are there; counted is everything that happens after. Expanded: the keys and values are rebuilt from the
+    latents of all cached tokens, then attended to. Absorbed: W^UK is applied to the queries and W^UV to the
+    outputs, and attention runs on the latents. latent: d_c, rope: d_h^R, nope: the part of a key without
+    rotation, value: the width of a value.
 
     A matrix of m x n numbers times a vector takes m n multiply-adds, a product of two vectors of n takes n.
     The softmax is not counted.
@@ -174,7 +176,8 @@ def decode_step(
         o_t = sum over j <= t of  Softmax_j(q_t . k_j / sqrt(d_h + d_h^R)) v_j     (DeepSeek-V2, equation 18)
 
     d_h is the width `nope` of a key's part without rotation, d_h^R the width `rope`. The queries are those
-    of the last `tokens` of the `keys` tokens in the cache.
+    of the last `tokens` of the `keys` tokens in the cache. Each cached token is put into one row, so that
+    one product gives its whole score.
 
     One token, which sees only itself: its weight is 1, whatever its score, and the output is its value, 20.
 
@@ -182,29 +185,27 @@ def decode_step(
     >>> decode_step(one, one, torch.tensor([[[2.0]]]), torch.ones(1, 1, 1), one[0], 10 * one[0]).item()
     20.0
 
-    This code runs, and the model it sits in still writes words. One of its lines is wrong: find it.
+    This code runs, and its result has the right shape. One of its lines is wrong: find it.
     """
     # <solution>
-    tokens, keys = q_nope.shape[1], latent.shape[1]
-    q_latent = torch.einsum("bthn,hnc->bthc", q_nope, w_uk)
-    scores = torch.einsum("bthc,bsc->bhts", q_latent, latent)
-    scores = scores + torch.einsum("bthr,bsr->bhts", q_rope, k_rope)
-    # Absorption changes how a score is computed, not what it is: still a product of vectors of d_h + d_h^R
-    # numbers, however wide the vectors are that it is now computed from.
-    scores = scores / (q_nope.shape[-1] + q_rope.shape[-1]) ** 0.5
-    visible = torch.ones(tokens, keys, dtype=torch.bool).tril(keys - tokens)
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-    mixture = torch.einsum("bhts,bsc->bthc", weights, latent)
-    return torch.einsum("bthc,hvc->bthv", mixture, w_uv)
+    query = torch.cat([q_rope, mla.absorb_query(q_nope, w_uk)], dim=-1)
+    rows = torch.cat([k_rope, latent], dim=-1)[:, None]  # (batch, 1, keys, rope + latent): for all heads
+    # Absorption changes how a score is computed, not what it is: the scale is that of the keys never built.
+    scores = query.transpose(1, 2) @ rows.mT / (q_nope.shape[-1] + q_rope.shape[-1]) ** 0.5
+    tokens, keys = scores.shape[-2:]
+    future = torch.full((tokens, keys), -torch.inf).triu(keys - tokens + 1)
+    weights = torch.softmax(scores + future, dim=-1)
+    # The rotary key stands first in a row; the latent is what comes after it.
+    mixture = weights @ rows[..., k_rope.shape[-1] :]
+    return mla.expand_output(mixture.transpose(1, 2), w_uv)
     # <given>
-    #| tokens, keys = q_nope.shape[1], latent.shape[1]
-    #| q_latent = torch.einsum("bthn,hnc->bthc", q_nope, w_uk)
-    #| scores = torch.einsum("bthc,bsc->bhts", q_latent, latent)
-    #| scores = scores + torch.einsum("bthr,bsr->bhts", q_rope, k_rope)
-    #| scores = scores / (q_latent.shape[-1] + q_rope.shape[-1]) ** 0.5
-    #| visible = torch.ones(tokens, keys, dtype=torch.bool).tril(keys - tokens)
-    #| weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-    #| mixture = torch.einsum("bhts,bsc->bthc", weights, latent)
-    #| return torch.einsum("bthc,hvc->bthv", mixture, w_uv)
+    #| query = torch.cat([q_rope, mla.absorb_query(q_nope, w_uk)], dim=-1)
+    #| rows = torch.cat([k_rope, latent], dim=-1)[:, None]  # (batch, 1, keys, rope + latent): for all heads
+    #| scores = query.transpose(1, 2) @ rows.mT / (q_nope.shape[-1] + q_rope.shape[-1]) ** 0.5
+    #| tokens, keys = scores.shape[-2:]
+    #| future = torch.full((tokens, keys), -torch.inf).triu(keys - tokens + 1)
+    #| weights = torch.softmax(scores + future, dim=-1)
+    #| mixture = weights @ rows[..., : latent.shape[-1]]
+    #| return mla.expand_output(mixture.transpose(1, 2), w_uv)
     # </given>
     # </solution>

@@ -106,6 +106,18 @@ ABSORB_QUERY = Exercise(
             ),
         ),
         Mistake(
+            "no axis for the heads",
+            "The heads were added up, and their axis is gone. There is one sequence of latents, but every "
+            "head asks it a question of its own.",
+            lambda q_nope, w_uk: torch.einsum("bthn,hnc->btc", q_nope, w_uk),
+        ),
+        Mistake(
+            "tokens met with heads",
+            "A product by @ pairs the axes that stand before the last two: here the tokens of the query "
+            "with the heads of W^UK. The heads of both have to be paired.",
+            lambda q_nope, w_uk: q_nope @ w_uk,
+        ),
+        Mistake(
             "scaled already",
             "This is the right query divided by the square root of its width. The scale belongs to the "
             "score, where it multiplies the rotary part as well; here it would act twice.",
@@ -186,7 +198,7 @@ def attend(
     scores = scale * (scores + rotary * torch.einsum("bthr,bsr->bhts", q_rope, k_rope))
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], hidden)
-    weights = scores.softmax(dim=over).nan_to_num(0.0)
+    weights = scores.softmax(dim=over)
     return torch.einsum("bhts,bsc->bthc", weights, values(latent, k_rope))
 
 
@@ -284,6 +296,14 @@ ABSORBED_ATTENTION = Exercise(
             ),
         ),
         Mistake(
+            "scale used twice",
+            "This is what comes out when scores are multiplied by `scale` twice. It belongs there once, on "
+            "the sum of both parts.",
+            lambda q_latent, q_rope, latent, k_rope, scale, mask=None: attend(
+                q_latent, q_rope, latent, k_rope, scale * scale, mask
+            ),
+        ),
+        Mistake(
             "mask not used",
             "This is what comes out when every query sees every slot. New tokens would look into their own "
             "future, and into the empty slots of shorter texts.",
@@ -330,6 +350,12 @@ ABSORBED_ATTENTION = Exercise(
             "This is what comes out when the softmax runs over the heads. The weights of one query in one "
             "head, over the cached tokens, have to add up to 1.",
             lambda *a, **b: attend(*a, **b, over=1),
+        ),
+        Mistake(
+            "softmax over the queries",
+            "This is what comes out when the softmax runs over the new tokens. The weights of one query in "
+            "one head, over the cached tokens, have to add up to 1.",
+            lambda *a, **b: attend(*a, **b, over=2),
         ),
         Mistake(
             "tokens and heads confused",
@@ -463,6 +489,11 @@ def multiply_adds(
     )
 
 
+def causal_pairs(tokens: int, keys: int) -> int:
+    """The pairs of query and key that a causal mask leaves."""
+    return tokens * keys - tokens * (tokens - 1) // 2
+
+
 MULTIPLY_ADDS = Exercise(
     number="04.4",
     name="multiply_adds",
@@ -574,6 +605,58 @@ MULTIPLY_ADDS = Exercise(
             ),
         ),
         Mistake(
+            "no rotary part in the expanded scores",
+            "The expanded form's scores lack their rotary part. A key is as wide as both of its parts.",
+            lambda tokens, keys, latent, rope, nope, value: (
+                keys * (nope + value) * latent + tokens * keys * (nope + value),
+                tokens * (nope + value) * latent + tokens * keys * (2 * latent + rope),
+            ),
+        ),
+        Mistake(
+            "no rotary part in the absorbed scores",
+            "The absorbed form's scores lack their rotary part. The latents hold no position, so the rotary "
+            "key is met here as well.",
+            lambda tokens, keys, latent, rope, nope, value: (
+                keys * (nope + value) * latent + tokens * keys * (nope + rope + value),
+                tokens * (nope + value) * latent + tokens * keys * 2 * latent,
+            ),
+        ),
+        Mistake(
+            "rotary part through a matrix in both forms",
+            "Both forms put the rotary part through a matrix here. It is cached as it is and belongs to no "
+            "matrix: W^UK makes the part without rotation only.",
+            lambda tokens, keys, latent, rope, nope, value: (
+                keys * (nope + rope + value) * latent + tokens * keys * (nope + rope + value),
+                tokens * (nope + rope + value) * latent + tokens * keys * (2 * latent + rope),
+            ),
+        ),
+        Mistake(
+            "W^UK alone",
+            "Both forms apply W^UK here and leave out W^UV. Values come from the latents as well.",
+            lambda tokens, keys, latent, rope, nope, value: (
+                keys * nope * latent + tokens * keys * (nope + rope + value),
+                tokens * nope * latent + tokens * keys * (2 * latent + rope),
+            ),
+        ),
+        Mistake(
+            "half of the pairs",
+            "Only half of the pairs of query and key are counted, as if a mask saved the others. The "
+            "exercise says that each query meets all `keys`.",
+            lambda tokens, keys, latent, rope, nope, value: (
+                keys * (nope + value) * latent + tokens * keys * (nope + rope + value) // 2,
+                tokens * (nope + value) * latent + tokens * keys * (2 * latent + rope) // 2,
+            ),
+        ),
+        Mistake(
+            "pairs that a causal mask leaves",
+            "Only the pairs that a causal mask leaves are counted. The exercise says that each query meets "
+            "all `keys`.",
+            lambda tokens, keys, latent, rope, nope, value: (
+                keys * (nope + value) * latent + causal_pairs(tokens, keys) * (nope + rope + value),
+                tokens * (nope + value) * latent + causal_pairs(tokens, keys) * (2 * latent + rope),
+            ),
+        ),
+        Mistake(
             "FLOPs",
             "This is twice the number: it counts FLOPs. A multiply-add is two of them.",
             lambda tokens, keys, latent, rope, nope, value: tuple(
@@ -658,6 +741,10 @@ MOST_ABSORBED_TOKENS = Exercise(
             lambda: {"keys": 50, **NARROW},
         ),
         Case("the same with 200 cached tokens", lambda: {"keys": 200, **NARROW}),
+        Case(
+            "DeepSeek-V2's sizes, 1 token and nothing before it: the expanded form is cheaper even then",
+            lambda: {"keys": 1, **V2},
+        ),
     ),
     mistakes=(
         Mistake(
@@ -715,6 +802,22 @@ MOST_ABSORBED_TOKENS = Exercise(
             with_bound(lambda first, second, keys: keys if second <= 0 else (first - 1) // second),
         ),
         Mistake(
+            "at least one",
+            "This never gives less than 1. With a single key, both forms apply the matrices once, and the "
+            "longer scores decide: then the absorbed form is not cheaper even for one token.",
+            with_bound(
+                lambda first, second, keys: keys if second <= 0 else max(1, min((first - 1) // second, keys))
+            ),
+        ),
+        Mistake(
+            "one cached token rebuilt",
+            "Here the expanded form rebuilds the key and the value of one token. Each cached token has a "
+            "latent, and all of them are needed.",
+            with_bound(
+                lambda first, second, keys: keys if second <= 0 else min((first // keys - 1) // second, keys)
+            ),
+        ),
+        Mistake(
             "divided by a negative number",
             "This is right as long as attending to latents costs more than attending to keys and values. "
             "With latents so narrow that it costs less, the inequality has no upper end: absorbed always "
@@ -735,7 +838,8 @@ MOST_ABSORBED_TOKENS = Exercise(
         "if factor is 0 or less: always, so return keys\n"
         "otherwise the largest whole number really below keys * matrices / factor, and at most keys",
     ),
-    checked="long and short caches, a tie, and latents so narrow that the absorbed form always wins",
+    checked="long and short caches, a tie, a single key, and latents so narrow that the absorbed form always "
+    "wins",
 )
 
 
@@ -776,12 +880,25 @@ def decode_step(
     *,
     width: Callable[[int, int, int], int] = lambda nope, rope, latent: nope + rope,
     diagonal: int = 0,
+    swapped: bool = False,
+    values: Callable[[Tensor, Tensor], Tensor] = lambda latent, k_rope: latent,
 ) -> Tensor:
-    """Right, but for width: of the vectors that the scale is taken from; diagonal: moves the mask."""
+    """Right, but for width: of the vectors that the scale is taken from; diagonal: moves the mask.
+
+    swapped: the query's two parts stand in the other order than the row's; values: what is averaged.
+    """
     scale = width(q_nope.shape[-1], q_rope.shape[-1], latent.shape[-1]) ** -0.5
     mask = causal(q_nope.shape[1], latent.shape[1], diagonal)
-    out = absorbed_attention(absorb_query(q_nope, w_uk), q_rope, latent, k_rope, scale, mask)
-    return expand_output(out, w_uv)
+    parts = (absorb_query(q_nope, w_uk), q_rope)
+    query, row = torch.cat(parts[::-1] if swapped else parts, dim=-1), torch.cat((latent, k_rope), dim=-1)
+    scores = scale * torch.einsum("bthx,bsx->bhts", query, row)
+    weights = scores.masked_fill(~mask[:, None], NEVER).softmax(dim=-1)
+    return expand_output(torch.einsum("bhts,bsc->bthc", weights, values(latent, k_rope)), w_uv)
+
+
+def first_of_the_row(latent: Tensor, k_rope: Tensor) -> Tensor:
+    """As many numbers as a latent has, from the beginning of a row that begins with the rotary key."""
+    return torch.cat((k_rope, latent), dim=-1)[..., : latent.shape[-1]]
 
 
 def mask_from_the_first_key(q_nope, q_rope, latent, k_rope, w_uk, w_uv):
@@ -792,7 +909,7 @@ def mask_from_the_first_key(q_nope, q_rope, latent, k_rope, w_uk, w_uv):
 DECODE_STEP = Exercise(
     number="04.6",
     name="decode_step",
-    title="the step that reads too evenly",
+    title="one row for each cached token",
     difficulty=2,
     minutes=15,
     answer=decode_step,
@@ -812,6 +929,18 @@ DECODE_STEP = Exercise(
         ),
     ),
     mistakes=(
+        Mistake(
+            "rotary key among the values",
+            "The attention's weights are right; what they mix is not. It begins with the rotary key, and as "
+            "many numbers are missing at the latent's end: its place in the row is another one.",
+            lambda *a, **b: decode_step(*a, **b, values=first_of_the_row),
+        ),
+        Mistake(
+            "query and row in different orders",
+            "The two parts stand in one order in the query and in the other order in the row. The sums of "
+            "the widths agree, so nothing complains, but latent and rotary part are multiplied.",
+            lambda *a, **b: decode_step(*a, **b, swapped=True),
+        ),
         Mistake(
             "scaled by the latent's width",
             "The scores are divided by sqrt(latent + rope), the width of the vectors that are multiplied. "
@@ -871,19 +1000,17 @@ DECODE_STEP = Exercise(
         ),
     ),
     hints=(
-        "The outputs have the right shape and lie near the right ones, only closer to the mean of all "
-        "values. Which line decides how sharply the softmax picks?",
-        "Take one query and two cached tokens and compute the scores twice: with the keys W^UK c built, and "
-        "with the absorbed query. The sums before the scale are equal. What are they divided by in equation "
-        "18?",
-        "the scale is 1 / sqrt(width of a head's query), and that width is d_h + d_h^R\n"
-        "in these tensors: the last axes of q_nope and q_rope\n"
-        "q_latent is longer, but its product with a latent is the same number as before",
+        "Let one query see a single token: its weight is 1, whatever the score. The output is then W^UV "
+        "times what? Compare that with the worked number in the docstring.",
+        "The given line before last takes the latents out of the rows. A row is (rope + latent) numbers "
+        "wide: write down, for rope 2 and latent 3, which numbers stand where.",
+        "a row is [rotary key, latent], so the latent is what comes after the first `rope` numbers\n"
+        "rope is the last axis of k_rope; from there on, to the end of the row",
     ),
-    checked="the scale of the keys that are never built, one new token and several, with and without others "
-    "before them",
+    checked="query and row in one order, the latents alone as values, the scale of the keys that are never "
+    "built, one new token and several, with and without others before them",
     axes=("text", "token", "head", "number of the value"),
-    given="scaled by the latent's width",
+    given="rotary key among the values",
 )
 
 
