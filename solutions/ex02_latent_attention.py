@@ -24,14 +24,16 @@ from dsv2.attention import grouped_attention
 def low_rank_factors(
     w_k: Float[Tensor, "heads nope hidden"], w_v: Float[Tensor, "heads value hidden"], rank: int
 ) -> tuple[Float[Tensor, "rank hidden"], Float[Tensor, "heads nope rank"], Float[Tensor, "heads value rank"]]:
-    """The best compression of all heads' keys and values into `rank` shared numbers: w_dkv, w_uk, w_uv.
+    """The best rank-`rank` factors of all heads' key and value matrices: w_dkv, w_uk, w_uv.
 
         c = W^DKV h,   k = W^UK c,   v = W^UV c        (DeepSeek-V2, equations 9 to 11, without the norm)
 
-    w_k and w_v hold, for each head, the matrix that makes a key or a value from a hidden state. The three
+    w_k and w_v hold, for each head, the matrix that makes a key or a value from a hidden state (`nope`: the
+    width of a key with no position embedding, as opposed to `rope`). The three
     matrices returned replace them: `w_uk @ w_dkv` is as near to w_k, and at the same time `w_uv @ w_dkv` as
     near to w_v, as `rank` numbers allow. "Near" means that the squares of all differences, those of keys and
-    of values together, add up to as little as possible. (Which of the many such triples is free.)
+    of values together, add up to as little as possible. (Which of the many such triples is free. With text
+    at hand one would weight the differences by what occurs; here it is the matrices alone.)
 
     One head with keys of 1 number and values of 1, a hidden state of 2. A single number cannot serve both:
     the key's row (3, 4) is larger and stays, the value's row (0.8, -0.6) is given up.
@@ -62,9 +64,9 @@ def compress(
     gain: Float[Tensor, " latent"],
     eps: float = 1e-6,
 ) -> tuple[Float[Tensor, "batch tokens latent"], Float[Tensor, "batch tokens rope"]]:
-    """What MLA keeps of a token: the normalised latent c^KV and the key k^R that all heads share.
+    """The normalised latent c^KV, and the key that all heads share, before it is rotated.
 
-        [c; k^R] = [W^DKV; W^KR] h        (DeepSeek-V2, equations 9 and 15, k^R before it is rotated)
+        [c; k^R] = [W^DKV; W^KR] h        (DeepSeek-V2, equations 9 and 15; k^R without RoPE)
         c^KV = gain * c / sqrt(mean(c^2) + eps)        (the RMSNorm of section 3.1.2)
 
     The rows of w_dkv are those of W^DKV, as many as `gain` is long, and below them those of W^KR. Only the
@@ -99,8 +101,8 @@ def expand_keys_values(
 
         k_i = [W^UK_i c; k^R],   v_i = W^UV_i c        for each head i        (DeepSeek-V2, 10, 11 and 17)
 
-    The latent is normalised and k^R rotated already. k^R is the same for all heads, and stands behind the
-    part that comes from the latent.
+    The latent is normalised and k^R rotated already. k^R is the same for all heads, and comes after the part
+    from the latent, which has no position embedding (`nope`, beside `rope`).
 
     Two heads with 1 number each. The first head's key is the latent's first number, the second's the second;
     the values are their sum and their difference.
@@ -128,12 +130,12 @@ def expand_keys_values(
 def latent_cache(
     layers: int, heads: int, head_dim: int, latent_dim: int, rope_dim: int
 ) -> tuple[int, float, float]:
-    """What MLA caches of a token: how many numbers, how many times less than MHA, and as many as which GQA.
+    """What MLA caches of a token: how many numbers, how many times less than MHA, how many GQA groups fit.
 
         MLA (d_c + d_h^R) l     GQA 2 n_g d_h l     MHA 2 n_h d_h l        (DeepSeek-V2, table 1)
 
-    Returns the numbers for one token in all layers; MHA's divided by that; and n_g, how many key/value heads
-    of head_dim GQA could keep in as much memory. That need not be a whole number.
+    Returns the numbers for one token in all layers; MHA's divided by that; and n_g, how many GQA groups,
+    key/value heads of head_dim, fit in the same memory. That need not be a whole number.
 
     3 layers with 4 heads of 8, a latent of 20 and a rotary key of 4: 24 numbers a layer, where MHA has 64 and
     GQA 16 for every head.
@@ -211,7 +213,8 @@ def read_kv_b_proj(
     With 3 heads, 4 rows for keys and 2 for values, rows 0 to 3 make the first head's keys and rows 4 and 5
     its values; the second head's begin at row 6.
 
-    This code runs, all shapes are right, and so are the keys of the first head. One line is wrong. Find it.
+    This code runs, all shapes are right, and so are the keys of the first head. One line is wrong; mending it
+    changes another.
     """
     # <solution>
     value = kv_b_proj.shape[0] // heads - nope

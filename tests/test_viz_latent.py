@@ -51,6 +51,9 @@ def test_curves_are_what_was_given():
     assert list(drawn["one"]) == [1.0, 0.5, 0.0] and list(drawn["other"]) == [1.0, 0.25]
     assert set(drawn["whole"]) == {0.75} and ax.get_xlim() == (0, 4) and ax.get_ylim() == (0, 2)
     assert "one 0.50 at 2" in describe(figure) and "whole 0.75" in describe(figure)
+    paired = rank_curves({name: ([0, 1], [1.0, 0.0]) for name in "abcd"}, pairs=True).axes[0].lines
+    assert [line.get_linestyle() for line in paired] == ["-", "--", "-", "--"]
+    assert paired[0].get_color() == paired[1].get_color() != paired[2].get_color() == paired[3].get_color()
     with pytest.raises(ValueError, match="curves is empty"):
         rank_curves({})
 
@@ -172,6 +175,7 @@ def test_the_rank_moves_picture_curve_and_bars(explorer):
     assert curve.lines[1].get_xdata()[0] == 4
     assert bars.texts[2].get_text() == "4 + 16 = 20, MHA / 12.8"
     assert rebuilt.get_title("left") == "rebuilt from 4 numbers"
+    assert whole.get_title("left") == "layer 2, head 1: as it is"
     assert "Layer 2, head 1, rank 4 of 64" in describe(figure)
 
 

@@ -33,7 +33,7 @@ def latent_sizes(cfg: DSV2Config, name: str = "") -> Figure:
     """One token in one layer of MLA: hidden state, what is cached of it, what is recovered; bars to scale."""
     heads, latent, rope = cfg.num_attention_heads, cfg.kv_lora_rank, cfg.qk_rope_head_dim
     keys, values = heads * cfg.qk_head_dim, heads * cfg.v_head_dim
-    kept = [(latent, style.CACHED), (rope, style.SKY)]
+    kept = [(latent, style.CACHED), (rope, style.PURPLE)]
     rows = [
         ("hidden state $h$", [(cfg.hidden_size, style.GREY)], f"{cfg.hidden_size:,}"),
         ("cached: $c$ and $k^R$", kept, f"{latent:,} + {rope:,} = {latent + rope:,}"),
@@ -83,10 +83,12 @@ def rank_curves(
     title: str = "",
     full: Mapping[str, float] | None = None,
     limits: tuple[float, float] | None = None,
+    pairs: bool = False,
 ) -> Figure:
     """What is lost against how many numbers are kept: a line for each name, (ranks, values).
 
-    full: horizontal lines by name, such as the loss of the whole model. limits: of the vertical axis.
+    full: horizontal lines by name, such as the loss of the whole model. limits: of the vertical axis. pairs:
+    every two curves share a colour, the second is dashed.
     """
     if not curves:
         raise ValueError("curves is empty; give at least one name with its ranks and values")
@@ -97,7 +99,8 @@ def rank_curves(
         ax.plot(
             ranks,
             values,
-            color=colours[i % len(colours)],
+            color=colours[(i // 2 if pairs else i) % len(colours)],
+            linestyle=(0, (3, 1.5)) if pairs and i % 2 else "-",
             linewidth=LINE + (i == 0),
             marker="o" if len(ranks) < 15 else None,
             markersize=8,
@@ -150,7 +153,7 @@ def loss_against_cache(runs: Sequence[Mapping[str, Any]]) -> Figure:
     room = 0.14 * (max(every) - min(every)) or 0.05
     ax.set_ylim(min(every) - room, max(every) + room)
     _label_points(ax, points)
-    label(ax, "numbers cached for a token, all layers", "validation loss (nats per byte)")
+    label(ax, "numbers cached for a token, all layers (each step: twice)", "validation loss (nats per byte)")
     return finish(ax, f"Validation loss by numbers cached for a token. {'; '.join(said)}.")
 
 
@@ -316,6 +319,9 @@ def latent_explorer(
         whole.images[0].set_data(full)
         rebuilt.images[0].set_data(lower)
         rebuilt.set_title(f"rebuilt from {rank} numbers", fontsize=BASE, color=INK, loc="left", pad=8, y=1.0)
+        whole.set_title(
+            f"layer {layer}, head {head}: as it is", fontsize=BASE, color=INK, loc="left", pad=8, y=1.0
+        )
         line, dot = curve.lines
         line.set_ydata(errors[layer])
         dot.set_data([rank], [errors[layer][rank]])
@@ -347,7 +353,7 @@ def latent_explorer(
         draw,
         caption=caption,
         dpi=dpi,
-        rank=ipywidgets.IntSlider(max(most // 4, 1), min=1, max=most, description="rank", **about),
+        rank=ipywidgets.IntSlider(min(4, most), min=1, max=most, description="rank", **about),
         layer=ipywidgets.IntSlider(
             len(layers) // 2, min=0, max=len(layers) - 1, description="layer", **about
         ),
@@ -363,7 +369,7 @@ def _explorer_figure(letters: Sequence[str], cfg: DSV2Config, errors: Sequence[f
     margins(figure, left=0.95, right=0.35, bottom=0.75, top=0.5, wspace=0.22, hspace=0.36)
     whole, rebuilt = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
     blank = np.zeros((len(letters), len(letters)))
-    for axes, title in ((whole, "attention of the model as it is"), (rebuilt, "")):
+    for axes in (whole, rebuilt):
         style_axes(axes, None)
         # The root brings out weights of a few percent, of which most of the attention consists.
         axes.imshow(blank, cmap="Blues", norm=style.colors.PowerNorm(0.5, 0, 1), aspect="auto")
@@ -374,7 +380,6 @@ def _explorer_figure(letters: Sequence[str], cfg: DSV2Config, errors: Sequence[f
         # Fixed places: to find them, every update would measure all letters.
         axes.xaxis.set_label_coords(0.5, -0.075)
         axes.yaxis.set_label_coords(-0.065, 0.5)
-        axes.set_title(title, fontsize=BASE, color=INK, loc="left", pad=8, y=1.0)
     most, rope = cfg.kv_lora_rank, cfg.qk_rope_head_dim
 
     curve = style_axes(figure.add_subplot(grid[1, 0]))
@@ -390,7 +395,7 @@ def _explorer_figure(letters: Sequence[str], cfg: DSV2Config, errors: Sequence[f
     bars.barh(0, mha, height=0.62, color=style.colour_of("MHA"))
     bars.barh(1, most + rope, height=0.62, color=style.tint(style.CACHED, 0.55))
     bars.barh(2, most, height=0.62, color=style.CACHED)
-    bars.barh(2, rope, left=most, height=0.62, color=style.SKY)
+    bars.barh(2, rope, left=most, height=0.62, color=style.PURPLE)
     texts = (
         (mha, 0, f"MHA: {mha}", True),
         (most + rope, 1, f"MLA as it is: {most} + {rope} = {most + rope}", False),

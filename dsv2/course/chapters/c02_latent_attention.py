@@ -110,12 +110,31 @@ def heads_dealt_out(w_k: Tensor, w_v: Tensor, rank: int) -> tuple[Tensor, Tensor
     return down, dealt(up_k), dealt(up_v)
 
 
+def two_decompositions(w_k: Tensor, w_v: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The keys' way down, and ways up from the keys' own and the values' own decomposition."""
+    down, up_k, _ = factors(w_k, w_v[:0], rank)
+    _, _, up_v = factors(w_k[:0], w_v, rank)
+    return down, up_k, up_v
+
+
+def split_in_another_order(w_k: Tensor, w_v: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Stacked head by head, split as if all keys stood first."""
+    u, s, vh = torch.linalg.svd(torch.cat([w_k, w_v], dim=1).flatten(0, 1), full_matrices=False)
+    up_k, up_v = (u * s)[:, :rank].split([w_k[..., 0].numel(), w_v[..., 0].numel()])
+    return vh[:rank], up_k.unflatten(0, w_k.shape[:2]), up_v.unflatten(0, w_v.shape[:2])
+
+
+def heads_left_together(w_k: Tensor, w_v: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    down, up_k, up_v = factors(w_k, w_v, rank)
+    return down, up_k.flatten(0, 1), up_v.flatten(0, 1)
+
+
 LOW_RANK_FACTORS = Exercise(
     number="02.1",
     name="low_rank_factors",
     title="the best short vector",
     difficulty=2,
-    minutes=15,
+    minutes=10,
     answer=factors,
     run=multiply_out,
     cases=(
@@ -184,6 +203,24 @@ LOW_RANK_FACTORS = Exercise(
             heads_dealt_out,
         ),
         Mistake(
+            "two decompositions",
+            "The keys and the values each had a decomposition of their own, but there is only one way down, "
+            "the keys'. The values' way up belongs to other directions than those that it is given.",
+            two_decompositions,
+        ),
+        Mistake(
+            "stacked in one order, split in another",
+            "The rows were stacked head by head, keys and values of a head together, and split as if the "
+            "keys of all heads stood first. The order at the split is that of the stacking.",
+            split_in_another_order,
+        ),
+        Mistake(
+            "heads not apart",
+            "The two ways up have all heads' rows in one axis. They are to have an axis for the heads, as "
+            "w_k and w_v have.",
+            heads_left_together,
+        ),
+        Mistake(
             "nothing left out",
             "These factors restore keys and values exactly, because none of the directions was left out. The "
             "short vector is to have `rank` numbers.",
@@ -215,10 +252,10 @@ LOW_RANK_FACTORS = Exercise(
 
 
 def compress_case(
-    seed: int, batch: int, tokens: int, hidden: int, latent: int, rope: int, size: float = 1.0
-) -> dict[str, Tensor]:
+    seed: int, batch: int, tokens: int, hidden: int, latent: int, rope: int, size: float = 1.0, **more: float
+) -> dict[str, Any]:
     x, w_dkv, gain = random(seed, (batch, tokens, hidden), (latent + rope, hidden), (latent,))
-    return {"x": size * x, "w_dkv": w_dkv, "gain": 1 + gain / 2}
+    return {"x": size * x, "w_dkv": w_dkv, "gain": 1 + gain / 2, **more}
 
 
 def compress(x: Tensor, w_dkv: Tensor, gain: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -265,9 +302,9 @@ def divided(latent: Tensor, gain: Tensor, mean_square: Tensor, eps: float) -> Te
 COMPRESS = Exercise(
     number="02.2",
     name="compress",
-    title="what MLA keeps of a token",
+    title="a token's latent and the key beside it",
     difficulty=1,
-    minutes=10,
+    minutes=5,
     answer=compress,
     cases=(
         Case(
@@ -279,11 +316,15 @@ COMPRESS = Exercise(
             "eps counts",
             lambda: compress_case(5, 3, 2, 5, 6, 2, size=3e-4),
         ),
+        Case(
+            "1 text of 4 tokens, a hidden state of 6, a latent of 3, a rotary key of 5; eps is 0.5",
+            lambda: compress_case(13, 1, 4, 6, 3, 5, eps=0.5),
+        ),
     ),
     mistakes=(
         Mistake(
             "not normalised",
-            "The latent comes straight from the matrix. The paper puts an RMSNorm behind it, which keeps its "
+            "The latent comes straight from the matrix. The paper puts an RMSNorm after it, which keeps its "
             "size steady in training.",
             compress_with(lambda latent, gain, eps: latent),
         ),
@@ -313,7 +354,7 @@ COMPRESS = Exercise(
         Mistake(
             "input normalised",
             "The hidden state was normalised, not the latent. The layer's input has had its own norm before; "
-            "this one stands behind the compression.",
+            "this one comes after the compression.",
             input_normalised,
         ),
         Mistake(
@@ -335,6 +376,22 @@ COMPRESS = Exercise(
             "The mean of squares runs over the tokens of the text. Each token is normalised by itself, or a "
             "token would change with those behind it.",
             compress_with(lambda c, gain, eps: divided(c, gain, c.square().mean(1, keepdim=True), eps)),
+        ),
+        Mistake(
+            "one mean for all",
+            "The mean of squares runs over everything at once. Each token is normalised by its own.",
+            compress_with(lambda c, gain, eps: divided(c, gain, c.square().mean(), eps)),
+        ),
+        Mistake(
+            "parts exchanged",
+            "Both parts are right, and come in the other order. The latent is returned first.",
+            lambda *a, **b: compress(*a, **b)[::-1],
+        ),
+        Mistake(
+            "eps as a fixed number",
+            "This is right as long as eps is 1e-6: the argument eps is not used. Other models have "
+            "another one.",
+            compress_with(lambda c, gain, eps: rms_norm(c, gain, 1e-6)),
         ),
         Mistake(
             "eps forgotten",
@@ -402,7 +459,7 @@ EXPAND = Exercise(
     name="expand_keys_values",
     title="every head's keys and values back",
     difficulty=1,
-    minutes=10,
+    minutes=5,
     answer=expand_keys_values,
     cases=(
         Case(
@@ -417,7 +474,7 @@ EXPAND = Exercise(
     mistakes=(
         Mistake(
             "k^R first",
-            "The keys have the rotary part in front. It belongs behind the latent's part; the queries are "
+            "The keys have the rotary part in front. It belongs after the latent's part; the queries are "
             "built in that order too, and would meet the wrong numbers.",
             lambda *a, **b: expand(*a, **b, join=lambda nope, rope: torch.cat([rope, nope], dim=-1)),
         ),
@@ -465,7 +522,7 @@ EXPAND = Exercise(
         ),
         Mistake(
             "normalised again",
-            "The latent was normalised before it was expanded. What is cached has its norm behind it.",
+            "The latent was normalised before it was expanded. What is cached is normalised already.",
             lambda *a, **b: expand(
                 *a,
                 **b,
@@ -491,7 +548,7 @@ EXPAND = Exercise(
         "return k, v",
     ),
     checked="keys and values of all heads, of different and of equal widths, with the shared rotary key "
-    "behind each key",
+    "after each key",
     axes=(("text", "token", "head", "nope+rope"), ("text", "token", "head", "value")),
     replaces=("dsv2.attention.mla.expand_keys_values",),
 )
@@ -592,6 +649,17 @@ LATENT_CACHE = Exercise(
             ),
         ),
         Mistake(
+            "the ratio without values",
+            "MHA was counted with its keys alone. It caches a key and a value for each head.",
+            counted(less=lambda layers, heads, d, c, r: heads * d / (c + r)),
+        ),
+        Mistake(
+            "one layer against all",
+            "MHA's numbers of one layer were divided by MLA's of all layers. Both have the same layers, so "
+            "they cancel.",
+            counted(less=lambda layers, heads, d, c, r: 2 * heads * d / ((c + r) * layers)),
+        ),
+        Mistake(
             "groups without values",
             "The ratio to MHA is right, and the number of groups twice too large. A key/value head of GQA "
             "takes 2 d_h numbers, a key and a value.",
@@ -684,6 +752,7 @@ def latent_attention(
     rotate: Callable[[Tensor], Tensor],
     *,
     scale: Callable[[int, int, int], float] = lambda nope, rope, latent: (nope + rope) ** -0.5,
+    by_value: bool = False,
     causal: bool = True,
     turn: str = "queries and keys",
     apart: Callable[[Tensor, int, int], Tensor] = lambda q, heads, width: q.unflatten(-1, (heads, width)),
@@ -706,17 +775,52 @@ def latent_attention(
     k_rope = rotate(k_rope[:, :, None])[:, :, 0] if "keys" in turn else k_rope
     k, v = expand_keys_values(norm(latent, gain), k_rope, w_uk, w_uv)
     q = torch.cat([q_nope, q_rope], dim=-1)
-    out = grouped_attention(q, k, v, scale(nope, rope, latent_dim), causal=causal)
+    size = w_uv.shape[1] ** -0.5 if by_value else scale(nope, rope, latent_dim)
+    out = grouped_attention(q, k, v, size, causal=causal)
     return together(out) @ w_o.T
+
+
+def all_nope_first(q: Tensor, heads: int, nope: int) -> Tensor:
+    """Queries read as all heads' nope numbers, then all heads' rope numbers."""
+    first, last = q.split([heads * nope, q.shape[-1] - heads * nope], dim=-1)
+    return torch.cat([first.unflatten(-1, (heads, nope)), last.unflatten(-1, (heads, -1))], dim=-1)
+
+
+def queries_parts_first(*a: Any, **b: Any) -> Tensor:
+    nope = (b["w_uk"] if "w_uk" in b else a[4]).shape[1]
+    return latent_attention(*a, **b, apart=lambda q, heads, width: all_nope_first(q, heads, nope))
+
+
+def with_the_parts_right(answer: Callable[..., Any], case: Mapping[str, Any]) -> Any:
+    """The answer on a case; says so first if a function of 02.2 or 02.3 that it calls is wrong itself."""
+    called = getattr(getattr(answer, "__code__", None), "co_names", ())
+    latent, k_rope = compress(case["x"], case["w_dkv"], case["gain"])
+    parts = (
+        ("compress", "02.2", (case["x"], case["w_dkv"], case["gain"]), compress),
+        ("expand_keys_values", "02.3", (latent, k_rope, case["w_uk"], case["w_uv"]), expand_keys_values),
+    )
+    for name, number, arguments, right in parts:
+        if name in called:
+            try:
+                pairs = zip(answer.__globals__[name](*arguments), right(*arguments), strict=True)
+                good = all(torch.allclose(one, other, atol=1e-4, rtol=1e-4) for one, other in pairs)
+            except Exception:  # the learner's code: whatever it raises, its own check tells
+                good = False
+            if not good:
+                raise RuntimeError(
+                    f"02.5 uses your {name}, which does not pass {number}: run that check first"
+                )
+    return answer(**case)
 
 
 LATENT_ATTENTION = Exercise(
     number="02.5",
     name="latent_attention",
     title="the whole of MLA",
-    difficulty=3,
-    minutes=25,
+    difficulty=2,
+    minutes=15,
     answer=latent_attention,
+    run=with_the_parts_right,
     cases=(
         Case(
             "2 texts of 5 tokens, a hidden state of 7, 3 heads; a latent of 6, a rotary key of 2, keys of 4, "
@@ -741,6 +845,18 @@ LATENT_ATTENTION = Exercise(
             "This is what comes out when the scores are divided by the root of the latent's width. A score "
             "is a product of a query and a key of a head; the latent is not in it.",
             lambda *a, **b: latent_attention(*a, **b, scale=lambda nope, rope, latent: latent**-0.5),
+        ),
+        Mistake(
+            "scaled by the values",
+            "This is what comes out when the scores are divided by the root of the values' width. A score is "
+            "a product of a query and a key; values may have another width.",
+            lambda *a, **b: latent_attention(*a, **b, by_value=True),
+        ),
+        Mistake(
+            "multiplied by the root",
+            "This is what comes out when the scores are multiplied by sqrt(d_h + d_h^R). They are to become "
+            "smaller by that, not larger.",
+            lambda *a, **b: latent_attention(*a, **b, scale=lambda nope, rope, latent: (nope + rope) ** 0.5),
         ),
         Mistake(
             "no scale",
@@ -787,9 +903,20 @@ LATENT_ATTENTION = Exercise(
             ),
         ),
         Mistake(
+            "all heads' unrotated parts first",
+            "This is what comes out when the queries are read as one part of all heads, then the rotary part "
+            "of all heads. Each head's two parts stand together.",
+            queries_parts_first,
+        ),
+        Mistake(
+            "normalised twice",
+            "This is what comes out when the latent is normalised twice. `compress` has done it already.",
+            lambda *a, **b: latent_attention(*a, **b, norm=lambda c, gain: rms_norm(rms_norm(c, gain), gain)),
+        ),
+        Mistake(
             "latent not normalised",
             "This is what comes out when keys and values are made from the latent as the matrix gives it. "
-            "Behind the compression stands a norm.",
+            "After the compression comes a norm.",
             lambda *a, **b: latent_attention(*a, **b, norm=lambda latent, gain: latent),
         ),
         Mistake(
@@ -885,12 +1012,19 @@ def every_other(weight: Tensor, heads: int, nope: int, value: int) -> tuple[Tens
     return w_uk, w_uv
 
 
+def apart_twice(latent: Tensor, kv_b_proj: Tensor, heads: int, nope: int) -> tuple[Tensor, Tensor]:
+    """The line with the split is mended, and the return still takes the heads apart."""
+    value = kv_b_proj.shape[0] // heads - nope
+    k, v = (latent @ kv_b_proj.T).unflatten(-1, (heads, nope + value)).split([nope, value], dim=-1)
+    return k.unflatten(-1, (heads, nope)), v.unflatten(-1, (heads, value))
+
+
 READ_KV_B_PROJ = Exercise(
     number="02.6",
     name="read_kv_b_proj",
     title="a checkpoint that loads and is wrong",
     difficulty=2,
-    minutes=10,
+    minutes=5,
     answer=kv_b_with(by_head),
     cases=(
         Case(
@@ -939,9 +1073,15 @@ READ_KV_B_PROJ = Exercise(
             kv_b_with(latent_axis_first),
         ),
         Mistake(
+            "heads apart twice",
+            "The split is mended, and the last line still takes the heads apart a second time. Keys and "
+            "values have an axis for the heads by then.",
+            apart_twice,
+        ),
+        Mistake(
             "values still together",
-            "The keys are right now, and the values are still taken from the end of the matrix. They stand "
-            "behind the keys of their own head.",
+            "The keys are right now, and the values are still taken from the end of the matrix. They come "
+            "after the keys of their own head.",
             kv_b_with(every_other),
         ),
     ),
