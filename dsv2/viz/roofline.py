@@ -489,9 +489,16 @@ def roofline_explorer(
         width = number_width(chosen)
         return kind, {name: attention_step(name, sized, batch, context, width) for name in KINDS}, chosen
 
+    def setting(kind: str, device: str, heads: int, batch: int, context: int) -> str:
+        bits = 8 * number_width(devices[device])
+        return (
+            f"<div>{batch} texts with {tokens_text(context)} cached tokens each, {heads} heads, "
+            f"numbers of {bits:g} bits. In one layer:</div>"
+        )
+
     explorer = Explorer(
         lambda **values: roofline_figure(*work(**values)),
-        caption=lambda **values: roofline_caption(*work(**values)),
+        caption=lambda **values: setting(**values) + roofline_caption(*work(**values)),
         **controls,
     )
     columns = (["kind", "device"], ["heads", "batch", "context"])
