@@ -193,5 +193,4 @@ def read_kv_b_proj(
     k, v = both.split([heads * nope, heads * value], dim=-1)
     return k.unflatten(-1, (heads, nope)), v.unflatten(-1, (heads, value))
 
-
 # stub 341560: file 6e63bf, 02.1 2d09ef, 02.2 6c043b, 02.3 88ada7, 02.4 7afa65, 02.5 1a824a, 02.6 ef6a0e
