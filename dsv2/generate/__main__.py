@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from dsv2.generate import stream
-from dsv2.hf import load_pretrained
-from dsv2.hf.__main__ import DTYPES
+from dsv2.hf import DTYPES, load_pretrained
 
 SHIPPED_MODEL = Path(__file__).resolve().parents[2] / "data" / "tiny"
 

@@ -60,6 +60,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OWN_MODEL_TYPE = "dsv2"  # of directories with our own tensor names
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # on command lines
 _FLOAT_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS.values()}
 _LARGEST_JSON = 64 * 2**20  # bytes; the index of the 236B model has about 3 MB
 _LARGEST_HEADER = 100_000_000  # bytes, of a safetensors file

@@ -5,11 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-import torch
-
-from dsv2.hf import describe, load_pretrained, open_checkpoint, save_pretrained
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from dsv2.hf import DTYPES, describe, load_pretrained, open_checkpoint, save_pretrained
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -315,20 +315,7 @@ def step_times(tokens: Sequence[int], milliseconds: Mapping[str, Sequence[float]
     if not milliseconds or any(len(times) != len(tokens) for times in milliseconds.values()):
         raise ValueError(f"milliseconds must hold {len(tokens)} times for each name, one per entry of tokens")
     ax = new_axes(None, 10.0, 4.4, left=1.0, right=2.3, bottom=0.8, top=0.3)
-    colours = (style.VERMILLION, style.CACHED, style.GREEN)
-    for i, (name, times) in enumerate(milliseconds.items()):
-        ax.plot(tokens, times, "o-", color=colours[i % 3], linewidth=LINE, markersize=7, label=name)
-        ax.annotate(
-            name,
-            (tokens[-1], times[-1]),
-            xytext=(12, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=BASE,
-            fontweight="bold",
-            color=style.ink(colours[i % 3]),
-            annotation_clip=False,
-        )
+    style.measured_lines(ax, tokens, milliseconds, markersize=7, gap=12)
     ax.set_xlim(0, tokens[-1] * 1.02)
     ax.set_ylim(0, max(max(times) for times in milliseconds.values()) * 1.1)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

@@ -179,20 +179,7 @@ def forms_times(cached: Sequence[int], milliseconds: Mapping[str, Sequence[float
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     (slow, slow_times), (fast, fast_times) = list(milliseconds.items())[:2]
-    colours = [style.VERMILLION, style.CACHED, style.GREEN]
-    for i, (name, times) in enumerate(milliseconds.items()):
-        ax.plot(cached, times, "o-", color=colours[i % 3], linewidth=LINE, markersize=8, label=name)
-        ax.annotate(
-            name,
-            (cached[-1], times[-1]),
-            xytext=(14, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=BASE,
-            fontweight="bold",
-            color=style.ink(colours[i % 3]),
-            annotation_clip=False,
-        )
+    style.measured_lines(ax, cached, milliseconds, markersize=8, gap=14)
     ratios = [a / b for a, b in zip(slow_times, fast_times)]
     for x, y, ratio in zip(cached, slow_times, ratios):
         ax.annotate(

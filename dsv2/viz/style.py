@@ -7,8 +7,9 @@ happen in a thread beside a notebook's own plots.
 from __future__ import annotations
 
 import io
+import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -117,6 +118,25 @@ def label(axes: Axes, x: str | None = None, y: str | None = None, title: str | N
         axes.set_ylabel(y, fontsize=BASE, color=INK)
     if title is not None:
         axes.set_title(title, fontsize=TITLE, color=INK, loc="left", pad=10, parse_math=False)
+
+
+def measured_lines(
+    axes: Axes, x: Sequence[float], series: Mapping[str, Sequence[float]], markersize: int, gap: int
+) -> None:
+    """Measured points joined by lines, each named at its end, `gap` points to the right of its last point."""
+    for (name, values), colour in zip(series.items(), itertools.cycle((VERMILLION, CACHED, GREEN))):
+        axes.plot(x, values, "o-", color=colour, linewidth=LINE, markersize=markersize, label=name)
+        axes.annotate(
+            name,
+            (x[-1], values[-1]),
+            xytext=(gap, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=BASE,
+            fontweight="bold",
+            color=ink(colour),
+            annotation_clip=False,
+        )
 
 
 def finish(drawn: Axes | Figure, alt: str) -> Figure:
