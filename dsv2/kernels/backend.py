@@ -1,0 +1,52 @@
+"""Triton where it is installed, and whether its kernels can run on a device.
+
+Kernels are decorated with `jit` from here, so that their modules, and the references beside the kernels, can
+be imported without Triton. Without an NVIDIA GPU, Triton's interpreter runs the kernels, tensor by tensor in
+NumPy: slow, and right.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+
+OLDEST = (8, 0)  # compute capability: on Turing (7.5) Triton no longer reaches the tensor cores
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheels for macOS and Windows
+    triton = tl = None
+
+
+def jit(function):
+    """`triton.jit`, or without Triton the function as it is, which then must not be launched."""
+    return function if triton is None else triton.jit(function)
+
+
+def how_kernels_run() -> str:
+    """One sentence for the reader: compiled for a GPU, interpreted, or not at all."""
+    if triton is None:
+        return "Triton is not installed here (it has no wheels for macOS and Windows): kernels cannot run."
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return f"Triton {triton.__version__} interprets the kernels on the CPU: slow, and right."
+    return f"Triton {triton.__version__} compiles the kernels for {torch.cuda.get_device_name()}."
+
+
+@cache
+def kernel_problem(device: torch.device) -> str | None:
+    """Why Triton's kernels are not used on this device, as a sentence; None: they are."""
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    if triton is None:
+        return "Triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {capability[0]}.{capability[1]}, and Triton needs 8.0"
+    return None

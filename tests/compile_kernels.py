@@ -1,0 +1,103 @@
+"""Compile kernels for GPUs that need not be here: `python tests/compile_kernels.py 80 90` prints JSON lines.
+
+Runs without Triton's interpreter, hence in a process of its own. Each line says which kernel was compiled,
+for which compute capability, and how many bytes of shared memory a program takes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+os.environ["TRITON_INTERPRET"] = "0"
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from dsv2.kernels import attention, many_heads  # noqa: E402
+
+# Bytes of shared memory that one program may have (CUDA programming guide, table of compute capabilities).
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@dataclass
+class Build:
+    """A kernel, the types of its arguments and its constants; what is not named is an int32."""
+
+    name: str
+    kernel: object
+    constants: dict[str, object]
+    types: dict[str, str]
+    warps: int
+    odd: frozenset[str] = frozenset()  # integers that need not be multiples of 16
+    only: tuple[int, ...] = field(default=tuple(SHARED_MEMORY))
+
+    def compile(self, capability: int):
+        names = self.kernel.arg_names
+        types = {
+            name: "constexpr" if name in self.constants else self.types.get(name, "i32") for name in names
+        }
+        multiples = {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if types[name] == "i32" and name not in self.odd or types[name].startswith("*")
+        }
+        source = ASTSource(fn=self.kernel, signature=types, constexprs=self.constants, attrs=multiples)
+        return triton.compile(
+            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": self.warps}
+        )
+
+
+def builds(capability: int) -> Iterator[Build]:
+    """The kernels as V2's shapes launch them on a GPU of this compute capability."""
+    pointers = {name: "*bf16" for name in ("q_latent", "q_rope", "latent", "k_rope", "out")}
+    pointers |= {"partial_out": "*fp32", "partial_lse": "*fp32", "lengths": "*i32", "block_table": "*i32"}
+    odd = frozenset({"batch", "heads", "parts", "heads_each"})
+    for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
+        blocks = attention.choose_blocks(512, 64, itemsize, SHARED_MEMORY[capability])
+        types = {name: kind.replace("bf16", dtype) for name, kind in pointers.items()} | {
+            "scale_log2": "fp32"
+        }
+        for paged in (False, True) if dtype == "bf16" else (False,):
+            constants = {
+                "SEQUENCES": 128,
+                "HEADS": blocks.heads,
+                "TILE": blocks.tile,
+                "WIDTH": 512,
+                "ROPE": 64,
+                "PAGED": paged,
+                "STAGES": 2 * blocks.stages - 1 if paged else blocks.stages,
+                "EVEN": True,
+            }
+            name = f"split, {dtype}, {'paged' if paged else 'contiguous'}, tiles of {blocks.tile}"
+            yield Build(name, attention.split_kernel, constants, types, blocks.warps, odd)
+    for columns in (128, 512):
+        constants = {"SEQUENCES": 128, "TILE": 64, "COLUMNS": columns, "SLOTS": 2048 // columns}
+        yield Build(f"combine, {columns} columns", attention.combine_kernel, constants, pointers, 4, odd)
+    if many_heads.TensorDescriptor is not None and capability == 90:
+        kernel = many_heads.ManyHeadsKernel()
+        constants = {"SEQUENCES": 128, "HEADS": kernel.heads, "TILE": kernel.tile, "TAIL": 16, "HALF": 256}
+        constants |= {"ROPE": 64, "PAGED": False, "STAGES": kernel.stages}
+        tiles = {
+            "latent_tiles": f"tensordesc<bf16[1, {kernel.tile}, 256]>",
+            "k_rope_tiles": f"tensordesc<bf16[1, {kernel.tile}, 64]>",
+        }
+        types = pointers | tiles | {"scale_log2": "fp32"}
+        name = "split, many heads"
+        yield Build(name, many_heads.split_kernel_many_heads, constants, types, kernel.warps, odd)
+
+
+def main() -> None:
+    for capability in map(int, sys.argv[1:]):
+        for build in builds(capability):
+            shared = build.compile(capability).metadata.shared
+            print(json.dumps({"kernel": build.name, "capability": capability, "shared": shared}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
