@@ -19,7 +19,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from dsv2.kernels import attention, many_heads  # noqa: E402
+from dsv2.kernels import attention, descriptors  # noqa: E402
 
 # Bytes of shared memory that one program may have (CUDA programming guide, table of compute capabilities).
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -79,8 +79,10 @@ def builds(capability: int) -> Iterator[Build]:
     for columns in (128, 512):
         constants = {"SEQUENCES": 128, "TILE": 64, "COLUMNS": columns, "SLOTS": 2048 // columns}
         yield Build(f"combine, {columns} columns", attention.combine_kernel, constants, pointers, 4, odd)
-    if many_heads.TensorDescriptor is not None and capability == 90:
-        kernel = many_heads.ManyHeadsKernel()
+    if descriptors.TensorDescriptor is None or capability != 90:
+        return
+    for heads in (16, 128):
+        kernel = descriptors.DescriptorKernel.for_heads(heads)
         constants = {"SEQUENCES": 128, "HEADS": kernel.heads, "TILE": kernel.tile, "TAIL": 16, "HALF": 256}
         constants |= {"ROPE": 64, "PAGED": False, "STAGES": kernel.stages}
         tiles = {
@@ -88,8 +90,9 @@ def builds(capability: int) -> Iterator[Build]:
             "k_rope_tiles": f"tensordesc<bf16[1, {kernel.tile}, 64]>",
         }
         types = pointers | tiles | {"scale_log2": "fp32"}
-        name = "split, many heads"
-        yield Build(name, many_heads.split_kernel_many_heads, constants, types, kernel.warps, odd)
+        name = f"split with descriptors, {heads} heads"
+        split = descriptors.split_kernel_with_descriptors
+        yield Build(name, split, constants, types, kernel.warps, odd)
 
 
 def main() -> None:

@@ -32,9 +32,7 @@ def kernels_for(case: Case):
     """The kernels that can take a case: with small tiles, with a small GPU's blocks, as the device has it."""
     yield SMALL
     itemsize = torch.empty((), dtype=case.dtype).element_size()
-    blocks = choose_blocks(case.width, case.rope, itemsize, 99 * 1024)
-    if case.page % blocks.tile == 0:
-        yield blocks
+    yield choose_blocks(case.width, case.rope, itemsize, 99 * 1024, case.page or None)
     if ON_GPU:
         yield None
 
@@ -264,13 +262,28 @@ def arguments(**changes) -> dict:
         ({"latent": torch.zeros(2, 12, 23)}, "latent must be"),
         (
             {"k_rope": torch.zeros(2, 12, 10, dtype=torch.float16)},
-            "k_rope must be .*torch.float32; got torch.float16",
+            "k_rope .*float32; got torch.float16",
         ),
         ({"latent": torch.zeros(2, 24, 12).mT}, "latent's last dimension must be contiguous"),
         ({"lengths": torch.tensor([4, 9])}, "lengths must be int32"),
         ({"lengths": torch.tensor([4], dtype=torch.int32)}, "first of size batch=2"),
         ({"out": torch.zeros(2, 5, 23)}, "out must be"),
-        ({"block_table": torch.zeros(2, 1)}, "block_table must be int32"),
+        (
+            {
+                "block_table": torch.zeros(2, 1, dtype=torch.int32),
+                "latent": torch.zeros(4, 12, 24),
+                "k_rope": torch.zeros(4, 12, 10),
+            },
+            "page size must be a multiple of 16 tokens; latent has pages of 12",
+        ),
+        (
+            {
+                "block_table": torch.zeros(2, 1),
+                "latent": torch.zeros(4, 16, 24),
+                "k_rope": torch.zeros(4, 16, 10),
+            },
+            "block_table must be int32",
+        ),
         ({"lengths": torch.tensor([4, 9], dtype=torch.int32, device="meta")}, "lengths is on meta"),
     ],
 )

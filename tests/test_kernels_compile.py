@@ -1,4 +1,4 @@
-"""The kernels compile for every GPU generation they are meant for and fit its shared memory, without a GPU."""
+"""The kernels compile for every GPU generation they are meant for and fit its shared memory; no GPU here."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ from dsv2.kernels.schedule import ceil_div, choose_parts
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOG2_E = math.log2(math.e)
 HEADS = 16  # a block of heads: as few as a product on tensor cores takes
+TILES = (64, 32, 16)  # tokens
 
 
 # ------------------------------------------------------------------------------------------- public
@@ -134,27 +135,32 @@ class TritonKernel:
 def choose_kernel(
     q_latent: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, block_table: Tensor | None
 ):
-    """The kernel for many heads on Hopper, otherwise the portable one with blocks that fit the device."""
-    from dsv2.kernels import many_heads
+    """The kernel for this device and shape; the portable one fits all, with blocks that the device has room for."""
+    from dsv2.kernels import descriptors
 
-    if many_heads.fits(q_latent, q_rope, latent, k_rope, block_table):
-        return many_heads.ManyHeadsKernel()
+    if descriptors.fits(q_latent, q_rope, latent, k_rope, block_table):
+        return descriptors.DescriptorKernel.for_heads(q_latent.shape[1])
     room = _shared_memory(q_latent.device)
-    return choose_blocks(q_latent.shape[2], q_rope.shape[-1], q_latent.element_size(), room)
+    page = None if block_table is None else latent.shape[1]
+    return choose_blocks(q_latent.shape[2], q_rope.shape[-1], q_latent.element_size(), room, page)
 
 
-def choose_blocks(width: int, rope: int, itemsize: int, shared_memory: int) -> TritonKernel:
+def choose_blocks(
+    width: int, rope: int, itemsize: int, shared_memory: int, page: int | None = None
+) -> TritonKernel:
     """The portable kernel's blocks from the shape and the bytes of shared memory that a program may have.
 
-    16 heads are what a tensor core's product takes at least. Tiles as long as fit beside the queries, in two
+    A page of a paged cache must hold whole tiles. 16 heads are what a tensor core's product takes at least. Tiles as long as fit beside the queries, in two
     buffers: one is read while the next arrives. 64 tokens of 576 numbers in bf16 are 72 KB, so that an H100
     (227 KB) holds two of them; 32 fit where 99 KB is all.
     """
     row = (_block(width) + _block(rope)) * itemsize
-    for tile in (64, 32, 16):
+    for tile in TILES:
+        if page is not None and page % tile:
+            continue
         if (2 * tile + HEADS) * row + 4 * HEADS * tile <= shared_memory:  # the last: scores on their way
             return TritonKernel(HEADS, tile, warps=8 if tile == 64 else 4, stages=3)
-    return TritonKernel(HEADS, 16, warps=4, stages=2)
+    return TritonKernel(HEADS, TILES[-1], warps=4, stages=2)
 
 
 def choose_combine_blocks(batch: int, heads: int, width: int, multiprocessors: int) -> tuple[int, int]:
@@ -385,6 +391,10 @@ def _check(q_latent, q_rope, latent, k_rope, lengths, block_table, out) -> None:
                 f"{name}'s last dimension must be contiguous; its strides are {tensor.stride()} "
                 "(call .contiguous() on it)"
             )
+    if block_table is not None and page % TILES[-1]:
+        raise ValueError(
+            f"the page size must be a multiple of {TILES[-1]} tokens; latent has pages of {page}"
+        )
     indices = {"lengths": (lengths, 1)} | ({} if block_table is None else {"block_table": (block_table, 2)})
     for name, (tensor, dims) in indices.items():
         if tensor.dtype != torch.int32 or tensor.dim() != dims or tensor.shape[0] != batch:

@@ -1,12 +1,13 @@
-"""The split kernel for many heads in plain Triton, on GPUs with a tensor memory accelerator (Hopper).
+"""The split kernel for V2's widths on Hopper in plain Triton: tiles arrive through tensor descriptors.
 
-With 128 heads, programs of 16 would read the cache eight times and give the tensor cores products that are
-too small. Here a program holds 64 heads; their mixture of latents, 64 x 512 in float32, takes half of the
-registers of eight warps. It is kept as two halves of 256 columns, each with a product of its own, and tiles
-arrive through tensor descriptors, which need no registers for addresses.
+The tensor memory accelerator fetches a whole tile for one instruction, and needs no registers for addresses.
+Few heads gain a little time by it. With many heads, programs of 16 would read the cache over and over and
+give the tensor cores products that are too small: here a program holds 64. Their mixture of latents, 64 x 512
+in float32, takes half of the registers of eight warps; it is kept as two halves of 256 columns, each with a
+product of its own.
 
-dsv2/kernels/hopper.py goes further in Gluon, Triton's lower level; this is what takes its place where Gluon
-is missing, and what it is compared with.
+dsv2/kernels/hopper.py goes further in Gluon, Triton's lower level; with many heads this is what takes its
+place where Gluon is missing, and what it is compared with.
 """
 
 # B batch   S cached tokens   H heads   C kv_lora_rank (the latent)   R qk_rope_head_dim
@@ -28,17 +29,18 @@ except ImportError:  # Triton 3.3 and older, or none
     TensorDescriptor = None
 
 WIDTH, ROPE = 512, 64  # of the latent and the rotary key: DeepSeek-V2's and V3's
+TILE = 64
 
 
 def fits(
     q_latent: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, block_table: Tensor | None
 ) -> bool:
-    """Whether `ManyHeadsKernel` takes these: Hopper, 16 bits, V2's widths, rows that start at 16 bytes."""
+    """Whether `DescriptorKernel` takes these: Hopper, 16 bits, V2's widths, rows that start at 16 bytes."""
     if TensorDescriptor is None or q_latent.device.type != "cuda" or q_latent.element_size() != 2:
         return False
-    if torch.cuda.get_device_capability(q_latent.device)[0] != 9 or q_latent.shape[1] <= 32:
+    if torch.cuda.get_device_capability(q_latent.device)[0] != 9:
         return False
-    pages = block_table is None or latent.shape[1] % ManyHeadsKernel.tile == 0
+    pages = block_table is None or latent.shape[1] % TILE == 0
     aligned = all(
         x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 for x in (latent, k_rope)
     )
@@ -46,14 +48,19 @@ def fits(
 
 
 @dataclass(frozen=True)
-class ManyHeadsKernel:
-    """Blocks of 64 heads, tiles of 64 tokens in one buffer of 72 KB beside as many bytes of queries."""
+class DescriptorKernel:
+    """The kernel with its blocks: `heads` a program, tiles of `tile` cached tokens (72 KB), in `stages` buffers."""
 
-    heads: int = 64
-    tile: int = 64
+    heads: int
+    stages: int
+    tile: int = TILE
     warps: int = 8
-    stages: int = 2
     resident: int = 1
+
+    @classmethod
+    def for_heads(cls, heads: int) -> DescriptorKernel:
+        """16 heads and three buffers, or 64, whose queries need as much memory as a tile, and two."""
+        return cls(heads=16, stages=3) if heads <= 32 else cls(heads=64, stages=2)
 
     def launch_split(
         self, q_latent, q_rope, latent, k_rope, lengths, scale, block_table, out, *partial, parts
@@ -64,7 +71,7 @@ class ManyHeadsKernel:
             TensorDescriptor(x, list(x.shape), list(x.stride()), [1, self.tile, width])
             for x, width in ((latent, WIDTH // 2), (k_rope, ROPE))
         ]
-        split_kernel_many_heads[(ceil_div(heads, self.heads), parts)](
+        split_kernel_with_descriptors[(ceil_div(heads, self.heads), parts)](
             q_latent, q_rope, latent, k_rope, *tiles,
             lengths, block_table if paged else lengths, out, *partial,
             *q_latent.stride()[:2], *q_rope.stride()[:2], *latent.stride()[:2], *k_rope.stride()[:2],
@@ -76,7 +83,7 @@ class ManyHeadsKernel:
 
 
 @jit
-def split_kernel_many_heads(
+def split_kernel_with_descriptors(
     q_latent, q_rope, latent, k_rope, latent_tiles, k_rope_tiles, lengths, block_table, out, partial_out,
     partial_lse, q_latent_b, q_latent_h, q_rope_b, q_rope_h, latent_b, latent_s, k_rope_b, k_rope_s, table_b,
     out_b, out_h, batch, heads, page, scale_log2,
