@@ -13,7 +13,6 @@ one query, Flash-Decoding (https://pytorch.org/blog/flash-decoding/).
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -21,11 +20,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from dsv2.kernels import descriptors
 from dsv2.kernels.backend import jit, kernel_problem, tl, triton
-from dsv2.kernels.schedule import ceil_div, choose_parts
+from dsv2.kernels.schedule import LOG2_E, ceil_div, choose_parts, tiles_of_sequences
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LOG2_E = math.log2(math.e)
 HEADS = 16  # a block of heads: as few as a product on tensor cores takes
 TILES = (64, 32, 16)  # tokens
 
@@ -135,9 +134,7 @@ class TritonKernel:
 def choose_kernel(
     q_latent: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, block_table: Tensor | None
 ):
-    """The kernel for this device and shape; the portable one fits all, with blocks that the device has room for."""
-    from dsv2.kernels import descriptors
-
+    """The fastest kernel for this device and shape; the portable one takes all of them."""
     if descriptors.fits(q_latent, q_rope, latent, k_rope, block_table):
         return descriptors.DescriptorKernel.for_heads(q_latent.shape[1])
     room = _shared_memory(q_latent.device)
@@ -150,9 +147,9 @@ def choose_blocks(
 ) -> TritonKernel:
     """The portable kernel's blocks from the shape and the bytes of shared memory that a program may have.
 
-    A page of a paged cache must hold whole tiles. 16 heads are what a tensor core's product takes at least. Tiles as long as fit beside the queries, in two
+    16 heads are what a tensor core's product takes at least. Tiles as long as fit beside the queries, in two
     buffers: one is read while the next arrives. 64 tokens of 576 numbers in bf16 are 72 KB, so that an H100
-    (227 KB) holds two of them; 32 fit where 99 KB is all.
+    (227 KB) holds two of them; 32 fit where 99 KB is all. A page of a paged cache must hold whole tiles.
     """
     row = (_block(width) + _block(rope)) * itemsize
     for tile in TILES:
@@ -331,13 +328,6 @@ def combine_kernel(
                 total_weight = total_weight * shrink + tl.sum(weights, 0)
                 largest = larger
             tl.store(out + head * out_h, (mixture / total_weight).to(out.dtype.element_ty), mask=is_column)
-
-
-@jit
-def tiles_of_sequences(lengths, batch, SEQUENCES: tl.constexpr, TILE: tl.constexpr):
-    """The numbers of the sequences, and how many tiles each has."""
-    sequences = tl.arange(0, SEQUENCES)
-    return sequences, tl.cdiv(tl.load(lengths + sequences, mask=sequences < batch, other=0), TILE)
 
 
 # ------------------------------------------------------------------------------------------- checks

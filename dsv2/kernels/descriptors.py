@@ -19,9 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv2.kernels.attention import LOG2_E, tiles_of_sequences
 from dsv2.kernels.backend import jit, tl, triton
-from dsv2.kernels.schedule import ceil_div
+from dsv2.kernels.schedule import LOG2_E, ceil_div, tiles_of_sequences
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -49,7 +48,7 @@ def fits(
 
 @dataclass(frozen=True)
 class DescriptorKernel:
-    """The kernel with its blocks: `heads` a program, tiles of `tile` cached tokens (72 KB), in `stages` buffers."""
+    """The kernel with its blocks: `heads` a program, tiles of `tile` cached tokens in `stages` buffers."""
 
     heads: int
     stages: int
@@ -59,7 +58,7 @@ class DescriptorKernel:
 
     @classmethod
     def for_heads(cls, heads: int) -> DescriptorKernel:
-        """16 heads and three buffers, or 64, whose queries need as much memory as a tile, and two."""
+        """16 heads; or 64, whose queries take as much shared memory as a tile: one stage less fits."""
         return cls(heads=16, stages=3) if heads <= 32 else cls(heads=64, stages=2)
 
     def launch_split(

@@ -3,14 +3,18 @@
 A sequence is cut into tiles of neighbouring tokens, and the tiles of all sequences stand in one list. Every
 program takes the same number of tiles from that list, whichever sequences they belong to: lengths may differ
 and no program waits for another. A sequence that falls to several programs leaves several partial results,
-which are merged afterwards. The kernels compute the same on the device, where the lengths are.
+which are merged afterwards. The kernels compute their share on the device, where the lengths are.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dsv2.kernels.backend import jit, tl
+
+LOG2_E = math.log2(math.e)  # the kernels take powers of 2, which the hardware has
 LEAST_TILES = 2  # in a part of the longest sequence: a part of one tile saves less than merging it costs
 WORTH_SPLITTING = 0.9  # the share of the multiprocessors that must be busy before sequences are left whole
 
@@ -80,3 +84,10 @@ def choose_parts(
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+@jit
+def tiles_of_sequences(lengths, batch, SEQUENCES: tl.constexpr, TILE: tl.constexpr):
+    """The numbers of the sequences, and how many tiles each has."""
+    sequences = tl.arange(0, SEQUENCES)
+    return sequences, tl.cdiv(tl.load(lengths + sequences, mask=sequences < batch, other=0), TILE)
