@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dsv2.kernels import descriptors
 from dsv2.kernels.backend import jit, kernel_problem, tl, triton
-from dsv2.kernels.schedule import LOG2_E, ceil_div, choose_parts, tiles_of_sequences
+from dsv2.kernels.schedule import LOG2_E, ceil_div, choose_parts, room_for, tiles_of_sequences
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEADS = 16  # a block of heads: as few as a product on tensor cores takes
@@ -122,7 +122,7 @@ class TritonKernel:
             *q_latent.stride()[:2], *q_rope.stride()[:2], *latent.stride()[:2], *k_rope.stride()[:2],
             block_table.stride(0) if paged else 0, *out.stride()[:2],
             batch, heads, width, rope, latent.shape[1], scale * LOG2_E,
-            SEQUENCES=triton.next_power_of_2(batch), HEADS=self.heads, TILE=self.tile,
+            SEQUENCES=room_for(batch), HEADS=self.heads, TILE=self.tile,
             WIDTH=_block(width), ROPE=_block(rope), PAGED=paged,
             # A read through the table is two reads in a row, so that a tile is asked for twice as early.
             STAGES=2 * self.stages - 1 if paged else self.stages,
@@ -210,7 +210,7 @@ def run_kernel(
     heads_each, columns = choose_combine_blocks(batch, heads, width, _multiprocessors(q_latent.device))
     combine_kernel[(batch, ceil_div(heads, heads_each), ceil_div(width, columns))](
         partial_out, partial_lse, lengths, out, *out.stride()[:2], batch, heads, width, parts, heads_each,
-        SEQUENCES=triton.next_power_of_2(batch), TILE=kernel.tile, COLUMNS=columns,
+        SEQUENCES=room_for(batch), TILE=kernel.tile, COLUMNS=columns,
         SLOTS=min(2048 // columns, 16),
     )  # fmt: skip
     return out

@@ -7,11 +7,13 @@ NumPy: slow, and right.
 
 from __future__ import annotations
 
+import inspect
 import os
 from functools import cache
 
 import torch
 
+COUNTS = {"batch", "heads", "heads_each", "parts", "page"}
 OLDEST = (8, 0)  # compute capability: on Turing (7.5) Triton no longer reaches the tensor cores
 
 if not torch.cuda.is_available():
@@ -25,8 +27,14 @@ except ImportError:  # no wheels for macOS and Windows
 
 
 def jit(function):
-    """`triton.jit`, or without Triton the function as it is, which then must not be launched."""
-    return function if triton is None else triton.jit(function)
+    """`triton.jit`, or without Triton the function as it is, which then must not be launched.
+
+    A count (COUNTS) never makes Triton compile a kernel anew: it is a number at run time and nothing else.
+    """
+    if triton is None:
+        return function
+    counts = [name for name in inspect.signature(function).parameters if name in COUNTS]
+    return triton.jit(function, do_not_specialize=counts)
 
 
 def how_kernels_run() -> str:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv2.kernels.backend import jit, tl, triton
-from dsv2.kernels.schedule import LOG2_E, ceil_div, tiles_of_sequences
+from dsv2.kernels.backend import jit, tl
+from dsv2.kernels.schedule import LOG2_E, ceil_div, room_for, tiles_of_sequences
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -76,7 +76,7 @@ class DescriptorKernel:
             *q_latent.stride()[:2], *q_rope.stride()[:2], *latent.stride()[:2], *k_rope.stride()[:2],
             block_table.stride(0) if paged else 0,
             *out.stride()[:2], batch, heads, latent.shape[1], scale * LOG2_E,
-            SEQUENCES=triton.next_power_of_2(batch), HEADS=self.heads, TILE=self.tile, TAIL=16,
+            SEQUENCES=room_for(batch), HEADS=self.heads, TILE=self.tile, TAIL=16,
             HALF=WIDTH // 2, ROPE=ROPE, PAGED=paged, STAGES=self.stages, num_warps=self.warps,
         )  # fmt: skip
 

@@ -86,6 +86,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def room_for(batch: int) -> int:
+    """Numbers in the kernels' list of lengths: a power of two, one of few, as each is compiled for itself."""
+    return max(64, 1 << (batch - 1).bit_length())
+
+
 @jit
 def tiles_of_sequences(lengths, batch, SEQUENCES: tl.constexpr, TILE: tl.constexpr):
     """The numbers of the sequences, and how many tiles each has."""
