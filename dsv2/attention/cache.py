@@ -6,6 +6,7 @@ packed from slot 0 without gaps, so that a token's slot is its position; sequenc
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -235,6 +236,15 @@ class LatentCache(Cache):
     ) -> tuple[Float[Tensor, "batch keys C"], Float[Tensor, "batch keys R"]]:
         """Write a span of one layer; returns everything that layer now holds."""
         return self._put(self.latent[layer], latent, span), self._put(self.k_rope[layer], k_rope, span)
+
+    def first(self, sequences: int) -> LatentCache:
+        """The first so many sequences of this cache, as a cache of their own in the same memory."""
+        part = copy.copy(self)
+        part.batch, part.lengths = sequences, self.lengths[:sequences]
+        part.entries, part.latent, part.k_rope = (
+            x[:, :sequences] for x in (self.entries, self.latent, self.k_rope)
+        )
+        return part
 
     def _clear(self) -> None:
         self.entries.zero_()

@@ -1,184 +1,29 @@
-"""Writing text: prefill, the decode loop, sampling, streaming."""
+"""Writing text: a prompt in, text out, all at once or token by token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-
 from dsv2.attention import Cache
 from dsv2.data import ByteTokenizer
+from dsv2.generate.loop import PREFILL_CHUNK, DecodeStep, decode, prefill
+from dsv2.generate.sampling import Sampling, next_token_probabilities
 from dsv2.model import DeepSeekV2
 from dsv2.moe import Routing
 
-PREFILL_CHUNK = 1024  # tokens of a prompt that go through the model at once: bounds the memory of a long one
-
-
-# ---------------------------------------------------------------------------------------------- sampling
-
-
-def next_token_probabilities(
-    logits: Float[Tensor, "batch vocab"],
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> Float[Tensor, "batch vocab"]:
-    """softmax(logits / temperature), cut to the `top_k` likeliest, then to those that make up `top_p`.
-
-    The token that crosses `top_p` stays in, so that at least one does (arXiv 1904.09751). temperature=0 gives
-    all the probability to the likeliest token.
-    """
-    logits = logits.float()
-    if temperature == 0:
-        best = logits.argmax(dim=-1, keepdim=True)
-        return torch.zeros_like(logits).scatter_(-1, best, 1.0)
-    probabilities = (logits / temperature).softmax(dim=-1)
-    if top_k is None and top_p is None:
-        return probabilities
-    ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
-        ordered[..., top_k:] = 0
-        ordered = ordered / ordered.sum(dim=-1, keepdim=True)
-    if top_p is not None:
-        before = ordered.cumsum(dim=-1) - ordered
-        ordered = ordered.masked_fill(before >= top_p, 0)
-        ordered = ordered / ordered.sum(dim=-1, keepdim=True)
-    return torch.zeros_like(probabilities).scatter_(-1, tokens, ordered)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. temperature=0 is greedy; the default draws from the model as it is."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or above")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1, or None for the whole vocabulary")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must lie in (0, 1], or be None for the whole vocabulary")
-
-    def generators(self, batch: int, device: torch.device) -> list[torch.Generator]:
-        """One source of chance per sequence, so that what one says does not depend on its neighbours."""
-        seed = torch.seed() if self.seed is None else self.seed
-        return [torch.Generator(device).manual_seed((seed + row) % 2**63) for row in range(batch)]
-
-    def draw(
-        self, logits: Float[Tensor, "batch vocab"], generators: list[torch.Generator]
-    ) -> Int[Tensor, " batch"]:
-        """The next token of every sequence."""
-        if self.temperature == 0:
-            return logits.argmax(dim=-1)
-        probabilities = next_token_probabilities(logits, self.temperature, self.top_k, self.top_p)
-        rows = zip(probabilities, generators)
-        return torch.cat([torch.multinomial(p, 1, generator=generator) for p, generator in rows])
-
-
-# ------------------------------------------------------------------------------------------- decode loop
-
-
-@dataclass
-class DecodeStep:
-    """One new token for every sequence.
-
-    tokens: (batch,). alive: (batch,), False where the text had ended before.
-
-    routings: of the tokens that were just fed in (the prompt's last piece at first), one per layer of
-    experts.
-    """
-
-    tokens: Int[Tensor, " batch"]
-    alive: Bool[Tensor, " batch"]
-    routings: list[Routing]
-    cache: Cache
-
-
-def prefill(
-    model: DeepSeekV2, prompts: Sequence[Sequence[int]], cache: Cache, chunk: int = PREFILL_CHUNK
-) -> tuple[Float[Tensor, "batch vocab"], list[Routing]]:
-    """Put prompts of different lengths into the cache; returns the logits after each one's last token."""
-    device = model.embed.weight.device
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    longest = max(len(p) for p in prompts)
-    tokens = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
-    real = torch.arange(longest, device=device) < lengths[:, None]
-    logits = None
-    for start in range(0, longest, chunk):
-        piece = slice(start, start + chunk)
-        mask = None if len({len(p) for p in prompts}) == 1 else real[:, piece]
-        out = model(tokens[:, piece], cache=cache, attention_mask=mask, last_only=True)
-        ends_here = (lengths > start) & (lengths <= start + chunk)
-        last = out.logits[:, 0]
-        logits = last if logits is None else torch.where(ends_here[:, None], last, logits)
-    return logits, out.routings
-
-
-def decode(
-    model: DeepSeekV2,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling = Sampling(),
-    eos_id: int | None = None,
-    cache: Cache | None = None,
-) -> Iterator[DecodeStep]:
-    """Prefill, then one `DecodeStep` per new token until every sequence has ended.
-
-    The cache is exactly as large as the longest prompt and `max_new_tokens` need, unless one is given. A
-    sequence ends with `eos_id`, or when the caller sets its place in `step.alive` to False.
-
-    Raises ValueError for an empty prompt, or one that leaves no room in `max_position_embeddings`.
-    """
-    _check_prompts(model, prompts, max_new_tokens)
-    device = model.embed.weight.device
-    batch, longest = len(prompts), max(len(p) for p in prompts)
-    if cache is None:  # the last token is never fed in again, so it needs no place
-        cache = model.new_cache(batch, longest + max_new_tokens - 1)
-    generators = sampling.generators(batch, device)
-    alive = torch.ones(batch, dtype=torch.bool, device=device)
-    was_training = model.training
-    model.eval()
-    try:
-        logits, routings = prefill(model, prompts, cache)
-        for made in range(1, max_new_tokens + 1):
-            tokens = sampling.draw(logits, generators)
-            step = DecodeStep(tokens, alive.clone(), routings, cache)
-            yield step
-            alive = alive & step.alive
-            if eos_id is not None:
-                alive = alive & (tokens != eos_id)
-            if made == max_new_tokens or not alive.any():
-                return
-            mask = None if alive.all() else alive[:, None]
-            out = model(tokens[:, None], cache=cache, attention_mask=mask)
-            logits, routings = out.logits[:, -1], out.routings
-    finally:
-        model.train(was_training)
-
-
-def _check_prompts(model: DeepSeekV2, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if not prompts or any(len(p) == 0 for p in prompts):
-        raise ValueError(
-            "every prompt needs at least one token; start an empty text with the tokenizer's bos_id"
-        )
-    longest, limit = max(len(p) for p in prompts), model.cfg.max_position_embeddings
-    if longest + max_new_tokens > limit:
-        raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} pass the model's "
-            f"max_position_embeddings={limit}; shorten one of them"
-        )
-
-
-# ---------------------------------------------------------------------------------------------- text
+__all__ = [
+    "PREFILL_CHUNK",
+    "DecodeStep",
+    "Sampling",
+    "Step",
+    "decode",
+    "generate",
+    "is_looping",
+    "next_token_probabilities",
+    "prefill",
+    "stream",
+]
 
 
 @dataclass

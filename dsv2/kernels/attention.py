@@ -169,9 +169,9 @@ def choose_combine_blocks(batch: int, heads: int, width: int, multiprocessors: i
     (1, 128)
     """
     enough = 4 * multiprocessors
-    if batch * heads < enough:
+    if 4 * batch * heads <= enough:
         return 1, min(_block(width), 128)
-    return batch * heads // enough, _block(width)
+    return max(batch * heads // enough, 1), _block(width)
 
 
 def _block(width: int) -> int:

@@ -1,0 +1,317 @@
+"""Experts for a few tokens: which of them, and their products with every weight read once.
+
+With few tokens the time of a layer of experts is that of reading the weights of those that were chosen. The
+first launch normalises a token and routes it; the second computes silu(gate) * up of every (token, expert)
+pair, the third goes back to the hidden size. A shared expert of width S I is S more experts that every token
+has chosen with weight 1. Nothing is sorted and nothing comes back to the host: each program finds its
+expert's tokens among the chosen ids itself.
+
+Each kernel has its plain-PyTorch reference beside it, which runs wherever the kernels do not.
+"""
+
+# B batch   D hidden_size   E routed experts   K experts per token   I moe_intermediate_size
+# S shared experts
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv2.kernels.backend import jit, tl, triton
+from dsv2.kernels.schedule import ceil_div
+from dsv2.kernels.step import normalise, uses_kernels
+from dsv2.layers import rms_norm, swiglu
+
+# ------------------------------------------------------------------------------------------- routing
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How experts are chosen: `k` of them, from the `topk_group` best of `n_group` devices (0: from all).
+
+    scaling: what the weights are multiplied by, or None: they are normalised to 1.
+    """
+
+    k: int
+    n_group: int = 0
+    topk_group: int = 0
+    scaling: float | None = 1.0
+
+
+def norm_route(
+    x: Tensor, norm_weight: Tensor, eps: float, router: Tensor, choice: Choice
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """RMSNorm and router of B tokens: x (B, D), router (E, D).
+
+    Returns the normalised x (B, D); expert_ids (B, K) int64, best first, the lower id where two are equal;
+    weights (B, K) and scores (B, E), float32: as `dsv2.moe.Router` gives them.
+    """
+    if not uses_kernels(x):
+        return norm_route_reference(x, norm_weight, eps, router, choice)
+    batch, width = x.shape
+    experts = router.shape[0]
+    normed = torch.empty_like(x)
+    ids = torch.empty(batch, choice.k, dtype=torch.int64, device=x.device)
+    weights = torch.empty(batch, choice.k, dtype=torch.float32, device=x.device)
+    scores = torch.empty(batch, experts, dtype=torch.float32, device=x.device)
+    norm_route_kernel[(batch,)](
+        x, norm_weight, router, normed, ids, weights, scores, x.stride(0), width, experts, eps,
+        1.0 if choice.scaling is None else choice.scaling, choice.k, choice.n_group, choice.topk_group,
+        NORMALISE=choice.scaling is None, GROUPED=choice.n_group > 0, WIDTH=triton.next_power_of_2(width),
+        EXPERTS=triton.next_power_of_2(experts), GROUPS=max(triton.next_power_of_2(choice.n_group), 1),
+        COLUMNS=max(8192 // triton.next_power_of_2(experts), 16), num_warps=8,
+    )  # fmt: skip
+    return normed, ids, weights, scores
+
+
+def norm_route_reference(x, norm_weight, eps, router, choice):
+    """What `norm_route` computes, in plain PyTorch."""
+    normed = rms_norm(x, norm_weight, eps)
+    scores = (normed.float() @ router.float().mT).softmax(dim=-1)
+    open_ = scores
+    if choice.n_group:
+        device_scores = scores.unflatten(-1, (choice.n_group, -1)).amax(dim=-1)
+        chosen = device_scores.topk(choice.topk_group, dim=-1).indices
+        allowed = torch.zeros_like(device_scores, dtype=torch.bool).scatter(-1, chosen, True)
+        allowed = allowed.repeat_interleave(scores.shape[-1] // choice.n_group, dim=-1)
+        open_ = scores.masked_fill(~allowed, -torch.inf)
+    ids = open_.topk(choice.k, dim=-1).indices
+    weights = scores.gather(-1, ids)
+    if choice.scaling is None:
+        return normed, ids, weights / weights.sum(dim=-1, keepdim=True), scores
+    return normed, ids, weights * choice.scaling, scores
+
+
+@jit
+def norm_route_kernel(
+    x, norm_weight, router, normed, ids, weights, scores, x_b, width, experts, eps, scaling,
+    k, n_group, topk_group,
+    NORMALISE: tl.constexpr, GROUPED: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr,
+    GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One token."""
+    b = tl.program_id(0)
+    column = tl.arange(0, WIDTH)
+    row = tl.load(x + b * x_b + column, mask=column < width, other=0.0)
+    gain = tl.load(norm_weight + column, mask=column < width, other=0.0)
+    tl.store(normed + b * width + column, normalise(row, gain, width, eps), mask=column < width)
+    tl.debug_barrier()  # the row is read again below, by other threads than wrote it
+
+    expert = tl.arange(0, EXPERTS)
+    part = tl.arange(0, COLUMNS)
+    router_at = router + expert[:, None] * width + part
+    products = tl.zeros((EXPERTS, COLUMNS), tl.float32)
+    for start in tl.range(0, width, COLUMNS, num_stages=3):
+        is_part = start + part < width
+        a = tl.load(normed + b * width + start + part, mask=is_part, other=0.0).to(tl.float32)
+        e = tl.load(router_at + start, mask=(expert[:, None] < experts) & is_part, other=0.0).to(tl.float32)
+        products += e * a
+    logits = tl.sum(products, 1)
+    logits = tl.where(expert < experts, logits, -float("inf"))
+    powers = tl.exp(logits - tl.max(logits, 0))
+    score = powers / tl.sum(powers, 0)
+    tl.store(scores + b * experts + expert, score, mask=expert < experts)
+
+    open_ = tl.where(expert < experts, score, -1.0)
+    if GROUPED:  # a device is as good as its best expert
+        group = tl.arange(0, GROUPS)
+        mine = expert // (experts // n_group)
+        best = tl.max(tl.where(mine[:, None] == group, open_[:, None], -1.0), 0)
+        best = tl.where(group < n_group, best, -2.0)
+        allowed = tl.zeros((EXPERTS,), tl.int1)
+        for _ in range(topk_group):
+            device = tl.argmax(best, 0)
+            allowed = allowed | (mine == device)
+            best = tl.where(group == device, -2.0, best)
+        open_ = tl.where(allowed, open_, -1.0)
+    total = 0.0
+    for i in range(k):
+        chosen = tl.argmax(open_, 0)
+        weight = tl.sum(tl.where(expert == chosen, score, 0.0), 0)
+        total += weight
+        tl.store(ids + b * k + i, chosen.to(tl.int64))
+        tl.store(weights + b * k + i, weight * scaling)
+        open_ = tl.where(expert == chosen, -1.0, open_)
+    if NORMALISE:
+        tl.debug_barrier()
+        for i in range(k):
+            tl.store(weights + b * k + i, tl.load(weights + b * k + i) / total)
+
+
+# ------------------------------------------------------------------------------------------- experts
+
+
+def experts_few(
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    shared_gate_up: Tensor | None = None,
+    shared_down: Tensor | None = None,
+) -> Tensor:
+    """g_k FFN_k(x) of every chosen expert, then FFN of every shared one: (B, K + S, D) float32, not added up.
+
+    x: (B, D), normalised; expert_ids, weights: (B, K). w_gate_up: (E, 2 I, D), gate rows first; w_down: (E,
+    D, I). shared_gate_up: (2 S I, D), all gate rows first; shared_down: (D, S I). `add_norm` adds the
+    summands, always in this order, so that no result depends on chance.
+    """
+    if not uses_kernels(x):
+        return experts_reference(x, expert_ids, weights, w_gate_up, w_down, shared_gate_up, shared_down)
+    return launch_experts(x, expert_ids, weights, w_gate_up, w_down, shared_gate_up, shared_down)
+
+
+def experts_reference(x, expert_ids, weights, w_gate_up, w_down, shared_gate_up=None, shared_down=None):
+    """What `experts_few` computes, in plain PyTorch: one pair at a time."""
+    batch, k = expert_ids.shape
+    width = w_down.shape[-1]
+    shared = 0 if shared_down is None else shared_down.shape[-1] // width
+    out = x.new_zeros(batch, k + shared, x.shape[-1], dtype=torch.float32)
+    for b in range(batch):
+        for i, e in enumerate(expert_ids[b].tolist()):
+            out[b, i] = weights[b, i] * (swiglu(x[b] @ w_gate_up[e].mT) @ w_down[e].mT)
+    for s in range(shared):
+        piece = slice(s * width, (s + 1) * width)
+        gate, up = (half[piece] for half in shared_gate_up.chunk(2))
+        out[:, k + s] = swiglu(x @ torch.cat((gate, up)).mT) @ shared_down[:, piece].mT
+    return out
+
+
+def launch_experts(x, expert_ids, weights, w_gate_up, w_down, shared_gate_up=None, shared_down=None):
+    """Run the two kernels."""
+    batch, k = expert_ids.shape
+    experts, hidden, width = w_down.shape
+    shared = 0 if shared_down is None else shared_down.shape[-1] // width
+    # One place for each expert, or for each pair where those are fewer: its first pair stands for an expert.
+    by_pair = batch * k < experts
+    places = (batch * k if by_pair else experts) + shared
+    tokens = 16 if batch <= 64 else 32 if batch <= 128 else 64
+    inner = x.new_empty(batch, k + shared, width)
+    out = x.new_empty(batch, k + shared, hidden, dtype=torch.float32)
+    common = dict(
+        TOKENS=tokens, BY_PAIR=by_pair, PAIRS=max(triton.next_power_of_2(batch * k), 16),
+        SUMMANDS=k + shared, K=k,
+    )  # fmt: skip
+    columns = 256 // x.element_size()
+    rows = 32
+    gate_up_kernel[(ceil_div(width, rows), places)](
+        x, expert_ids, w_gate_up, shared_gate_up if shared else w_gate_up, inner,
+        x.stride(0), *w_gate_up.stride()[:2], shared_gate_up.stride(0) if shared else 0,
+        batch, experts, hidden, width, shared * width, places - shared,
+        ROWS=rows, COLUMNS=columns, EVEN=width % rows == 0 and hidden % columns == 0, **common,
+    )  # fmt: skip
+    rows = 64 if tokens == 16 else 32
+    down_kernel[(ceil_div(hidden, rows), places)](
+        inner, expert_ids, weights, w_down, shared_down if shared else w_down, out,
+        *w_down.stride()[:2], shared_down.stride(0) if shared else 0,
+        batch, experts, hidden, width, places - shared,
+        ROWS=rows, COLUMNS=columns, EVEN=hidden % rows == 0 and width % columns == 0, **common,
+    )  # fmt: skip
+    return out
+
+
+@jit
+def gate_up_kernel(
+    x, expert_ids, w_gate_up, shared_gate_up, inner, x_b, w_e, w_row, shared_row,
+    batch, experts, hidden, width, shared_width, routed,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
+    BY_PAIR: tl.constexpr, PAIRS: tl.constexpr, SUMMANDS: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """silu(gate) * up in ROWS of an expert's inner channels, for all tokens that chose it."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = tl.program_id(1)
+    expert, rank, count = tokens_of(place, expert_ids, batch, routed, BY_PAIR, PAIRS, K)
+    is_row = row < width
+    column = tl.arange(0, COLUMNS)
+    if place < routed:
+        gate_at = w_gate_up + expert.to(tl.int64) * w_e + row[:, None] * w_row + column
+        up_at = gate_at + width * w_row
+    else:
+        gate_at = shared_gate_up + ((place - routed) * width + row[:, None]) * shared_row + column
+        up_at = gate_at + shared_width * shared_row
+    for first in range(0, count, TOKENS):
+        token, summand, there = pairs_at(place, first, rank, count, routed, TOKENS, PAIRS, K)
+        x_at = x + token[:, None] * x_b + column
+        gate = tl.zeros((TOKENS, ROWS), tl.float32)
+        up = tl.zeros((TOKENS, ROWS), tl.float32)
+        for start in tl.range(0, hidden, COLUMNS, num_stages=4):
+            if EVEN:
+                a = tl.load(x_at + start, mask=there[:, None], other=0.0)
+                g = tl.load(gate_at + start)
+                u = tl.load(up_at + start)
+            else:
+                is_column = start + column < hidden
+                a = tl.load(x_at + start, mask=there[:, None] & is_column, other=0.0)
+                g = tl.load(gate_at + start, mask=is_row[:, None] & is_column, other=0.0)
+                u = tl.load(up_at + start, mask=is_row[:, None] & is_column, other=0.0)
+            gate = tl.dot(a, g.T, gate, input_precision="ieee")
+            up = tl.dot(a, u.T, up, input_precision="ieee")
+        product = gate / (1.0 + tl.exp(-gate)) * up
+        at = inner + (token * SUMMANDS + summand)[:, None] * width + row
+        tl.store(at, product.to(inner.dtype.element_ty), mask=there[:, None] & is_row)
+
+
+@jit
+def down_kernel(
+    inner, expert_ids, weights, w_down, shared_down, out, w_e, w_row, shared_row,
+    batch, experts, hidden, width, routed,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
+    BY_PAIR: tl.constexpr, PAIRS: tl.constexpr, SUMMANDS: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """ROWS of an expert's outputs, for all tokens that chose it, times their weights."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = tl.program_id(1)
+    expert, rank, count = tokens_of(place, expert_ids, batch, routed, BY_PAIR, PAIRS, K)
+    is_row = row < hidden
+    column = tl.arange(0, COLUMNS)
+    if place < routed:
+        down_at = w_down + expert.to(tl.int64) * w_e + row[:, None] * w_row + column
+    else:
+        down_at = shared_down + row[:, None] * shared_row + (place - routed) * width + column
+    for first in range(0, count, TOKENS):
+        token, summand, there = pairs_at(place, first, rank, count, routed, TOKENS, PAIRS, K)
+        inner_at = inner + (token * SUMMANDS + summand)[:, None] * width + column
+        total = tl.zeros((TOKENS, ROWS), tl.float32)
+        for start in tl.range(0, width, COLUMNS, num_stages=4):
+            if EVEN:
+                a = tl.load(inner_at + start, mask=there[:, None], other=0.0)
+                w = tl.load(down_at + start)
+            else:
+                is_column = start + column < width
+                a = tl.load(inner_at + start, mask=there[:, None] & is_column, other=0.0)
+                w = tl.load(down_at + start, mask=is_row[:, None] & is_column, other=0.0)
+            total = tl.dot(a, w.T, total, input_precision="ieee")
+        if place < routed:
+            total *= tl.load(weights + token * K + summand, mask=there, other=0.0)[:, None]
+        at = out + (token * SUMMANDS + summand)[:, None] * hidden + row
+        tl.store(at, total, mask=there[:, None] & is_row)
+
+
+@jit
+def tokens_of(place, expert_ids, batch, routed, BY_PAIR: tl.constexpr, PAIRS: tl.constexpr, K: tl.constexpr):
+    """The expert of a place, each pair's rank among those that chose it (or -1), and how many chose it."""
+    pair = tl.arange(0, PAIRS)
+    ids = tl.load(expert_ids + pair, mask=pair < batch * K, other=-1).to(tl.int32)
+    expert = place
+    if BY_PAIR:
+        expert = tl.sum(tl.where(pair == place, ids, 0), 0)
+    chose = ids == expert
+    count = tl.sum(chose.to(tl.int32), 0)
+    if BY_PAIR:  # an earlier pair does the work of all with this expert
+        earlier = tl.sum((chose & (pair < place)).to(tl.int32), 0)
+        count = tl.where(earlier > 0, 0, count)
+    rank = tl.where(chose, tl.cumsum(chose.to(tl.int32), 0) - 1, -1)
+    count = tl.where(place < routed, count, batch)  # a shared expert takes every token
+    return expert, rank, count
+
+
+@jit
+def pairs_at(place, first, rank, count, routed, TOKENS: tl.constexpr, PAIRS: tl.constexpr, K: tl.constexpr):
+    """The tokens at ranks first, first + 1, ...; which of their summands this is; whether there are such."""
+    wanted = first + tl.arange(0, TOKENS)
+    found = tl.sum(tl.where(rank[None, :] == wanted[:, None], tl.arange(0, PAIRS)[None, :], 0), 1)
+    token = tl.where(place < routed, found // K, wanted)
+    summand = tl.where(place < routed, found % K, K + place - routed)
+    return token, summand, wanted < count
