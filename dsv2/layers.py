@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dsv2.kernels import prefill
+
 
 def rms_norm(
     x: Float[Tensor, "*batch channels"], weight: Float[Tensor, " channels"], eps: float = 1e-6
@@ -16,6 +18,8 @@ def rms_norm(
     The mean is taken in float32 whatever the type of x: in bf16 a sum of squares keeps three digits
     (Zhang and Sennrich, arXiv 1910.07467).
     """
+    if x.is_cuda and prefill.fits(x):
+        return prefill.rms_norm(x, weight, eps)
     if x.dtype in (torch.float32, torch.float64):
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
     return weight * F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype)
@@ -26,6 +30,8 @@ def swiglu(gate_up: Float[Tensor, "*batch two_width"]) -> Float[Tensor, "*batch 
 
     Both halves come from one matrix product (Shazeer, arXiv 2002.05202).
     """
+    if gate_up.is_cuda and prefill.fits(gate_up):
+        return prefill.swiglu(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 

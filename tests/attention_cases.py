@@ -152,7 +152,7 @@ SELECTED = (
     Case(lengths=(70, 1, 33, 64), parts=5, heads=17, width=32, rope=16),
     Case(lengths=(70, 1, 33, 64), parts=5, heads=17, width=32, rope=16, page=32),
     Case(lengths=(33, 31, 32), parts=3, dtype=torch.float16, page=16, layout="separate"),
-    Case(lengths=(300,), parts=19, width=8, rope=2),  # more parts than the combination takes at once
+    Case(lengths=(1100, 0, 0, 0, 0, 0), parts=66, width=8, rope=2, heads=2),  # all parts are one's
     Case(
         lengths=(100,), parts=7, sharpness=60.0
     ),  # sums of weights far beyond float32 unless a maximum is taken

@@ -20,7 +20,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from dsv2.kernels import attention, descriptors  # noqa: E402
+from dsv2.kernels import attention, descriptors, hopper  # noqa: E402
 
 # Bytes of shared memory that one program may have (CUDA programming guide, table of compute capabilities).
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -37,6 +37,7 @@ class Build:
     warps: int
     odd: frozenset[str] = frozenset()  # integers that need not be multiples of 16
     only: tuple[int, ...] = field(default=tuple(SHARED_MEMORY))
+    source: type = ASTSource
 
     def compile(self, capability: int):
         names = self.kernel.arg_names
@@ -48,7 +49,7 @@ class Build:
             for i, name in enumerate(names)
             if types[name] == "i32" and name not in self.odd or types[name].startswith("*")
         }
-        source = ASTSource(fn=self.kernel, signature=types, constexprs=self.constants, attrs=multiples)
+        source = self.source(fn=self.kernel, signature=types, constexprs=self.constants, attrs=multiples)
         return triton.compile(
             source, target=GPUTarget("cuda", capability, 32), options={"num_warps": self.warps}
         )
@@ -74,18 +75,24 @@ def builds(capability: int) -> Iterator[Build]:
                 "PAGED": paged,
                 "STAGES": 2 * blocks.stages - 1 if paged else blocks.stages,
                 "EVEN": True,
+                "OVERLAP": 0,
             }
             name = f"split, {dtype}, {'paged' if paged else 'contiguous'}, tiles of {blocks.tile}"
             yield Build(name, attention.split_kernel, constants, types, blocks.warps, odd)
-    for columns in (128, 512):
-        constants = {"SEQUENCES": 128, "TILE": 64, "COLUMNS": columns, "SLOTS": 2048 // columns}
-        yield Build(f"combine, {columns} columns", attention.combine_kernel, constants, pointers, 4, odd)
+    for batch, parts in ((1, 32), (128, 64)):
+        constants = attention.choose_combine_blocks(batch, 128, 512, parts, 132) | {
+            "SEQUENCES": 128,
+            "TILE": 64,
+        }
+        constants["OVERLAP"] = 0
+        del constants["heads_each"]
+        yield Build(f"combine, batch {batch}", attention.combine_kernel, constants, pointers, 4, odd)
     if descriptors.TensorDescriptor is None or capability != 90:
         return
     for heads in (16, 128):
         kernel = descriptors.DescriptorKernel.for_heads(heads)
         constants = {"SEQUENCES": 128, "HEADS": kernel.heads, "TILE": kernel.tile, "TAIL": 16, "HALF": 256}
-        constants |= {"ROPE": 64, "PAGED": False, "STAGES": kernel.stages}
+        constants |= {"ROPE": 64, "PAGED": False, "STAGES": kernel.stages, "OVERLAP": 0}
         tiles = {
             "latent_tiles": f"tensordesc<bf16[1, {kernel.tile}, 256]>",
             "k_rope_tiles": f"tensordesc<bf16[1, {kernel.tile}, 64]>",
@@ -94,6 +101,30 @@ def builds(capability: int) -> Iterator[Build]:
         name = f"split with descriptors, {heads} heads"
         split = descriptors.split_kernel_with_descriptors
         yield Build(name, split, constants, types, kernel.warps, odd)
+    if hopper.gluon is None:
+        return
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    def tiles(dtype: str, bits: int, columns: int) -> str:
+        layout = hopper.gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=3)
+        return f"tensordesc<{dtype}[1, 64, {columns}],{layout!r}>"
+
+    types = {name: tiles("bf16", 16, 256) for name in ("q_latent", "latent", "out")}
+    types |= {name: tiles("bf16", 16, 64) for name in ("q_rope", "k_rope")}
+    types |= {"partial_out": tiles("fp32", 32, 128), "partial_lse": "*fp32", "lengths": "*i32"}
+    types |= {"block_table": "*i32", "scale_log2": "fp32"}
+    for paged in (False, True):
+        constants = {"SEQUENCES": 128, "PAGED": paged}
+        name = f"split in Gluon, {'paged' if paged else 'contiguous'}"
+        yield Build(
+            name,
+            hopper.split_kernel_hopper,
+            constants,
+            types,
+            4,
+            odd | set(hopper.COUNTS),
+            source=GluonASTSource,
+        )
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from dsv2.kernels import descriptors
-from dsv2.kernels.backend import jit, kernel_problem, tl, triton
+from dsv2.kernels import descriptors, hopper
+from dsv2.kernels.backend import begin, jit, kernel_problem, overlap, tl, triton
 from dsv2.kernels.schedule import LOG2_E, ceil_div, choose_parts, room_for, tiles_of_sequences
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -102,14 +102,14 @@ def gather_pages(paged: Tensor, block_table: Tensor) -> Tensor:
 class TritonKernel:
     """The portable kernel with its blocks: `heads` a program, tiles of `tile` cached tokens.
 
-    stages: num_stages, one more than the tiles in flight. resident: programs that share a multiprocessor.
+    stages: num_stages, one more than the tiles in flight. least_tiles: a part of one sequence, at least.
     """
 
     heads: int
     tile: int
     warps: int
     stages: int
-    resident: int = 1
+    least_tiles: int = 2  # a part of one tile saves less than merging it costs
 
     def launch_split(
         self, q_latent, q_rope, latent, k_rope, lengths, scale, block_table, out, *partial, parts
@@ -127,7 +127,7 @@ class TritonKernel:
             # A read through the table is two reads in a row, so that a tile is asked for twice as early.
             STAGES=2 * self.stages - 1 if paged else self.stages,
             EVEN=_block(width) == width and _block(rope) == rope,
-            num_warps=self.warps,
+            num_warps=self.warps, **overlap(q_latent.device),
         )  # fmt: skip
 
 
@@ -135,6 +135,8 @@ def choose_kernel(
     q_latent: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, block_table: Tensor | None
 ):
     """The fastest kernel for this device and shape; the portable one takes all of them."""
+    if hopper.fits(q_latent, q_rope, latent, k_rope, block_table):
+        return hopper.HopperKernel()
     if descriptors.fits(q_latent, q_rope, latent, k_rope, block_table):
         return descriptors.DescriptorKernel.for_heads(q_latent.shape[1])
     room = _shared_memory(q_latent.device)
@@ -160,18 +162,24 @@ def choose_blocks(
     return TritonKernel(HEADS, TILES[-1], warps=4, stages=2)
 
 
-def choose_combine_blocks(batch: int, heads: int, width: int, multiprocessors: int) -> tuple[int, int]:
-    """Heads and columns for a program of the combine kernel: about four programs for each multiprocessor.
+def choose_combine_blocks(
+    batch: int, heads: int, width: int, parts: int, multiprocessors: int
+) -> dict[str, int]:
+    """SLOTS partial results by HEADS by COLUMNS in a tile of the combine kernel, and `heads_each` program.
 
-    >>> choose_combine_blocks(batch=128, heads=128, width=512, multiprocessors=132)
-    (31, 512)
-    >>> choose_combine_blocks(batch=1, heads=16, width=512, multiprocessors=132)
-    (1, 128)
+    All parts that a sequence is likely to have are read at once, in tiles of 8,192 numbers, by about four
+    programs for each multiprocessor.
+
+    >>> choose_combine_blocks(batch=1, heads=128, width=512, parts=32, multiprocessors=132)
+    {'SLOTS': 32, 'HEADS': 1, 'COLUMNS': 256, 'heads_each': 1}
     """
-    enough = 4 * multiprocessors
-    if 4 * batch * heads <= enough:
-        return 1, min(_block(width), 128)
-    return max(batch * heads // enough, 1), _block(width)
+    slots = min(max(triton.next_power_of_2(ceil_div(parts, batch)), 2), 64)
+    columns = min(8192 // slots, _block(width))
+    together = 8192 // slots // columns
+    programs = 4 * multiprocessors
+    each = max(ceil_div(batch * heads * ceil_div(width, columns), programs), 1)
+    each = ceil_div(each, together) * together
+    return {"SLOTS": slots, "HEADS": together, "COLUMNS": columns, "heads_each": each}
 
 
 def _block(width: int) -> int:
@@ -189,8 +197,8 @@ def run_kernel(
     if parts is None:
         tokens = latent.shape[1] if block_table is None else latent.shape[1] * block_table.shape[1]
         parts = choose_parts(
-            batch, tokens, ceil_div(heads, kernel.heads), _multiprocessors(q_latent.device), kernel.tile,
-            kernel.resident,
+            batch, tokens // (kernel.tile * kernel.least_tiles), ceil_div(heads, kernel.heads),
+            _multiprocessors(q_latent.device),
         )  # fmt: skip
     partial_out = q_latent.new_empty(parts + batch, heads, width, dtype=torch.float32)
     partial_lse = q_latent.new_empty(parts + batch, heads, dtype=torch.float32)
@@ -207,11 +215,11 @@ def run_kernel(
         partial_lse,
         parts=parts,
     )
-    heads_each, columns = choose_combine_blocks(batch, heads, width, _multiprocessors(q_latent.device))
-    combine_kernel[(batch, ceil_div(heads, heads_each), ceil_div(width, columns))](
-        partial_out, partial_lse, lengths, out, *out.stride()[:2], batch, heads, width, parts, heads_each,
-        SEQUENCES=room_for(batch), TILE=kernel.tile, COLUMNS=columns,
-        SLOTS=min(2048 // columns, 16),
+    blocks = choose_combine_blocks(batch, heads, width, parts, _multiprocessors(q_latent.device))
+    grid = (batch, ceil_div(heads, blocks["heads_each"]), ceil_div(width, blocks["COLUMNS"]))
+    combine_kernel[grid](
+        partial_out, partial_lse, lengths, out, *out.stride()[:2], batch, heads, width, parts,
+        SEQUENCES=room_for(batch), TILE=kernel.tile, **blocks, **overlap(q_latent.device),
     )  # fmt: skip
     return out
 
@@ -225,9 +233,10 @@ def split_kernel(
     q_latent_b, q_latent_h, q_rope_b, q_rope_h, latent_b, latent_s, k_rope_b, k_rope_s, table_b, out_b, out_h,
     batch, heads, width, rope, page, scale_log2,
     SEQUENCES: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr,
-    PAGED: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    PAGED: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: its share of the tiles, for one block of heads (schedule.py says which)."""
+    begin(OVERLAP)
     head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     column, rotary, row = tl.arange(0, WIDTH), tl.arange(0, ROPE), tl.arange(0, TILE)
     is_head, is_column, is_rotary = head < heads, column < width, rotary < rope
@@ -292,42 +301,45 @@ def split_kernel(
 @jit
 def combine_kernel(
     partial_out, partial_lse, lengths, out, out_b, out_h, batch, heads, width, parts, heads_each,
-    SEQUENCES: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr,
+    SEQUENCES: tl.constexpr, TILE: tl.constexpr, SLOTS: tl.constexpr, HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """sum_i 2^(lse_i - m) out_i / sum_i 2^(lse_i - m), m = max lse_i, over the parts i of one sequence."""
+    begin(OVERLAP)
     b = tl.program_id(0)
     first_head = tl.program_id(1) * heads_each
     last_head = tl.minimum(first_head + heads_each, heads)
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    is_column = column < width
     sequences, tiles = tiles_of_sequences(lengths, batch, SEQUENCES, TILE)
     per_part = tl.maximum(tl.cdiv(tl.sum(tiles, 0), parts), 1)
     first = tl.sum(tl.where(sequences < b, tiles, 0), 0)
     count = tl.sum(tl.where(sequences == b, tiles, 0), 0)
-    first_part, last_part = first // per_part, (first + count - 1) // per_part
-    out += b.to(tl.int64) * out_b + column
-    if count == 0:  # nothing to attend to
-        for head in range(first_head, last_head):
-            tl.store(out + head * out_h, tl.zeros((COLUMNS,), out.dtype.element_ty), mask=is_column)
-    elif last_part > first_part:  # otherwise the only program has written the result
-        for head in range(first_head, last_head):
-            largest = -float("inf")
-            total_weight = 0.0
-            mixture = tl.zeros((COLUMNS,), tl.float32)
-            for start in range(first_part, last_part + 1, SLOTS):
-                part = start + tl.arange(0, SLOTS)
-                there = part <= last_part
-                slot = (part + b).to(tl.int64) * heads + head
+    first_part = first // per_part
+    parts_here = tl.where(count > 0, (first + count - 1) // per_part - first_part + 1, 0)
+    if parts_here != 1:  # otherwise the only program has written the result
+        for block in range(first_head, last_head, HEADS):
+            head = block + tl.arange(0, HEADS)
+            is_head = head < last_head
+            largest = tl.full((HEADS,), -float("inf"), tl.float32)
+            total_weight = tl.zeros((HEADS,), tl.float32)
+            mixture = tl.zeros((HEADS, COLUMNS), tl.float32)
+            for start in range(0, parts_here, SLOTS):
+                i = start + tl.arange(0, SLOTS)
+                slot = (first_part + b + i).to(tl.int64)[:, None] * heads + head
+                there = (i < parts_here)[:, None] & is_head
                 lse = tl.load(partial_lse + slot, mask=there, other=-float("inf"))
-                at = partial_out + slot[:, None] * width + column
-                found = tl.load(at, mask=there[:, None] & is_column, other=0.0)
+                at = partial_out + slot[:, :, None] * width + column
+                found = tl.load(at, mask=there[:, :, None] & (column < width), other=0.0)
                 larger = tl.maximum(largest, tl.max(lse, 0))
-                shrink = tl.exp2(largest - larger)
-                weights = tl.exp2(lse - larger)
-                mixture = mixture * shrink + tl.sum(weights[:, None] * found, 0)
+                base = tl.where(is_head, larger, 0.0)  # finite, also where there is no head
+                shrink = tl.exp2(largest - base)
+                weights = tl.exp2(lse - base)
+                mixture = mixture * shrink[:, None] + tl.sum(weights[:, :, None] * found, 0)
                 total_weight = total_weight * shrink + tl.sum(weights, 0)
                 largest = larger
-            tl.store(out + head * out_h, (mixture / total_weight).to(out.dtype.element_ty), mask=is_column)
+            mixture /= tl.where(total_weight > 0, total_weight, 1.0)[:, None]  # zeros for a length of 0
+            at = out + b.to(tl.int64) * out_b + head[:, None] * out_h + column
+            tl.store(at, mixture.to(out.dtype.element_ty), mask=is_head[:, None] & (column < width))
 
 
 # ------------------------------------------------------------------------------------------- checks

@@ -37,6 +37,25 @@ def jit(function):
     return triton.jit(function, do_not_specialize=counts)
 
 
+@jit
+def begin(OVERLAP: tl.constexpr):
+    """The first line of a kernel that may have been launched before the one it waits for has ended."""
+    if OVERLAP > 1:
+        tl.extra.cuda.gdc_launch_dependents()
+    if OVERLAP > 0:
+        tl.extra.cuda.gdc_wait()
+
+
+@cache
+def overlap(device: torch.device) -> dict[str, int]:
+    """Launch options: programmatic dependent launch where the device and Triton have it."""
+    mode = int(os.environ.get("OVERLAP_MODE", "0"))
+    known = hasattr(getattr(getattr(tl, "extra", None), "cuda", None), "gdc_wait")
+    if not known or device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0) or not mode:
+        return {"OVERLAP": 0}
+    return {"OVERLAP": mode, "launch_pdl": True}
+
+
 def how_kernels_run() -> str:
     """One sentence for the reader: compiled for a GPU, interpreted, or not at all."""
     if triton is None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv2.kernels.backend import jit, tl
+from dsv2.kernels.backend import begin, jit, overlap, tl
 from dsv2.kernels.schedule import LOG2_E, ceil_div, room_for, tiles_of_sequences
 
 try:
@@ -54,7 +54,7 @@ class DescriptorKernel:
     stages: int
     tile: int = TILE
     warps: int = 8
-    resident: int = 1
+    least_tiles: int = 2
 
     @classmethod
     def for_heads(cls, heads: int) -> DescriptorKernel:
@@ -78,6 +78,7 @@ class DescriptorKernel:
             *out.stride()[:2], batch, heads, latent.shape[1], scale * LOG2_E,
             SEQUENCES=room_for(batch), HEADS=self.heads, TILE=self.tile, TAIL=16,
             HALF=WIDTH // 2, ROPE=ROPE, PAGED=paged, STAGES=self.stages, num_warps=self.warps,
+            **overlap(q_latent.device),
         )  # fmt: skip
 
 
@@ -87,9 +88,10 @@ def split_kernel_with_descriptors(
     partial_lse, q_latent_b, q_latent_h, q_rope_b, q_rope_h, latent_b, latent_s, k_rope_b, k_rope_s, table_b,
     out_b, out_h, batch, heads, page, scale_log2,
     SEQUENCES: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr,
-    ROPE: tl.constexpr, PAGED: tl.constexpr, STAGES: tl.constexpr,
+    ROPE: tl.constexpr, PAGED: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """As `split_kernel`, for a latent of 2 HALF columns; only the last tile of a sequence is masked."""
+    begin(OVERLAP)
     head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     column, rotary, row = tl.arange(0, HALF), tl.arange(0, ROPE), tl.arange(0, TAIL)
     is_head = head < heads

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv2.kernels.backend import jit, tl, triton
+from dsv2.kernels.backend import begin, jit, overlap, tl, triton
+from dsv2.kernels.prefill import normalise
 from dsv2.kernels.schedule import ceil_div
-from dsv2.kernels.step import normalise, uses_kernels
+from dsv2.kernels.step import uses_kernels
 from dsv2.layers import rms_norm, swiglu
 
 # ------------------------------------------------------------------------------------------- routing
@@ -61,7 +62,7 @@ def norm_route(
         1.0 if choice.scaling is None else choice.scaling, choice.k, choice.n_group, choice.topk_group,
         NORMALISE=choice.scaling is None, GROUPED=choice.n_group > 0, WIDTH=triton.next_power_of_2(width),
         EXPERTS=triton.next_power_of_2(experts), GROUPS=max(triton.next_power_of_2(choice.n_group), 1),
-        COLUMNS=max(8192 // triton.next_power_of_2(experts), 16), num_warps=8,
+        COLUMNS=max(8192 // triton.next_power_of_2(experts), 16), num_warps=8, **overlap(x.device),
     )  # fmt: skip
     return normed, ids, weights, scores
 
@@ -89,9 +90,10 @@ def norm_route_kernel(
     x, norm_weight, router, normed, ids, weights, scores, x_b, width, experts, eps, scaling,
     k, n_group, topk_group,
     NORMALISE: tl.constexpr, GROUPED: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr,
-    GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUPS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One token."""
+    begin(OVERLAP)
     b = tl.program_id(0)
     column = tl.arange(0, WIDTH)
     row = tl.load(x + b * x_b + column, mask=column < width, other=0.0)
@@ -187,29 +189,37 @@ def launch_experts(x, expert_ids, weights, w_gate_up, w_down, shared_gate_up=Non
     # One place for each expert, or for each pair where those are fewer: its first pair stands for an expert.
     by_pair = batch * k < experts
     places = (batch * k if by_pair else experts) + shared
-    tokens = 16 if batch <= 64 else 32 if batch <= 128 else 64
     inner = x.new_empty(batch, k + shared, width)
     out = x.new_empty(batch, k + shared, hidden, dtype=torch.float32)
+    up, down = choose_expert_blocks(batch, x.element_size())
     common = dict(
-        TOKENS=tokens, BY_PAIR=by_pair, PAIRS=max(triton.next_power_of_2(batch * k), 16),
-        SUMMANDS=k + shared, K=k,
+        BY_PAIR=by_pair, PAIRS=max(triton.next_power_of_2(batch * k), 16), SUMMANDS=k + shared, K=k,
+        **overlap(x.device),
     )  # fmt: skip
-    columns = 256 // x.element_size()
-    rows = 32
-    gate_up_kernel[(ceil_div(width, rows), places)](
+    gate_up_kernel[(ceil_div(width, up["ROWS"]), places)](
         x, expert_ids, w_gate_up, shared_gate_up if shared else w_gate_up, inner,
         x.stride(0), *w_gate_up.stride()[:2], shared_gate_up.stride(0) if shared else 0,
         batch, experts, hidden, width, shared * width, places - shared,
-        ROWS=rows, COLUMNS=columns, EVEN=width % rows == 0 and hidden % columns == 0, **common,
+        EVEN=width % up["ROWS"] == 0 and hidden % up["COLUMNS"] == 0, **up, **common,
     )  # fmt: skip
-    rows = 64 if tokens == 16 else 32
-    down_kernel[(ceil_div(hidden, rows), places)](
+    down_kernel[(ceil_div(hidden, down["ROWS"]), places)](
         inner, expert_ids, weights, w_down, shared_down if shared else w_down, out,
         *w_down.stride()[:2], shared_down.stride(0) if shared else 0,
         batch, experts, hidden, width, places - shared,
-        ROWS=rows, COLUMNS=columns, EVEN=hidden % rows == 0 and width % columns == 0, **common,
+        EVEN=hidden % down["ROWS"] == 0 and width % down["COLUMNS"] == 0, **down, **common,
     )  # fmt: skip
     return out
+
+
+def choose_expert_blocks(batch: int, itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Tokens, and rows and columns of the weights' tile, in a program of each kernel.
+
+    Of 64 tokens rarely more than 16 choose the same expert; where they do, its weights are read once more,
+    from the cache. The first kernel holds two tiles, the gate's and up's.
+    """
+    tokens = 16 if batch <= 64 else 32 if batch <= 128 else 64
+    common = {"TOKENS": tokens, "COLUMNS": 256 // itemsize, "STAGES": 4, "num_warps": 4}
+    return {"ROWS": 32, **common}, {"ROWS": 64 if tokens == 16 else 32, **common}
 
 
 @jit
@@ -217,9 +227,11 @@ def gate_up_kernel(
     x, expert_ids, w_gate_up, shared_gate_up, inner, x_b, w_e, w_row, shared_row,
     batch, experts, hidden, width, shared_width, routed,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
-    BY_PAIR: tl.constexpr, PAIRS: tl.constexpr, SUMMANDS: tl.constexpr, K: tl.constexpr,
+    BY_PAIR: tl.constexpr, PAIRS: tl.constexpr, SUMMANDS: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """silu(gate) * up in ROWS of an expert's inner channels, for all tokens that chose it."""
+    begin(OVERLAP)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     place = tl.program_id(1)
     expert, rank, count = tokens_of(place, expert_ids, batch, routed, BY_PAIR, PAIRS, K)
@@ -236,7 +248,7 @@ def gate_up_kernel(
         x_at = x + token[:, None] * x_b + column
         gate = tl.zeros((TOKENS, ROWS), tl.float32)
         up = tl.zeros((TOKENS, ROWS), tl.float32)
-        for start in tl.range(0, hidden, COLUMNS, num_stages=4):
+        for start in tl.range(0, hidden, COLUMNS, num_stages=STAGES):
             if EVEN:
                 a = tl.load(x_at + start, mask=there[:, None], other=0.0)
                 g = tl.load(gate_at + start)
@@ -258,9 +270,11 @@ def down_kernel(
     inner, expert_ids, weights, w_down, shared_down, out, w_e, w_row, shared_row,
     batch, experts, hidden, width, routed,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
-    BY_PAIR: tl.constexpr, PAIRS: tl.constexpr, SUMMANDS: tl.constexpr, K: tl.constexpr,
+    BY_PAIR: tl.constexpr, PAIRS: tl.constexpr, SUMMANDS: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """ROWS of an expert's outputs, for all tokens that chose it, times their weights."""
+    begin(OVERLAP)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     place = tl.program_id(1)
     expert, rank, count = tokens_of(place, expert_ids, batch, routed, BY_PAIR, PAIRS, K)
@@ -274,7 +288,7 @@ def down_kernel(
         token, summand, there = pairs_at(place, first, rank, count, routed, TOKENS, PAIRS, K)
         inner_at = inner + (token * SUMMANDS + summand)[:, None] * width + column
         total = tl.zeros((TOKENS, ROWS), tl.float32)
-        for start in tl.range(0, width, COLUMNS, num_stages=4):
+        for start in tl.range(0, width, COLUMNS, num_stages=STAGES):
             if EVEN:
                 a = tl.load(inner_at + start, mask=there[:, None], other=0.0)
                 w = tl.load(down_at + start)

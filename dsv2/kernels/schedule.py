@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from dsv2.kernels.backend import jit, tl
 
 LOG2_E = math.log2(math.e)  # the kernels take powers of 2, which the hardware has
-LEAST_TILES = 2  # in a part of the longest sequence: a part of one tile saves less than merging it costs
 WORTH_SPLITTING = 0.9  # the share of the multiprocessors that must be busy before sequences are left whole
 
 
@@ -56,22 +55,20 @@ def pieces(lengths: Sequence[int], tile: int, parts: int) -> list[Piece]:
     return found
 
 
-def choose_parts(
-    batch: int, max_tokens: int, head_blocks: int, multiprocessors: int, tile: int, resident: int = 1
-) -> int:
+def choose_parts(batch: int, longest: int, head_blocks: int, multiprocessors: int) -> int:
     """Into how many parts the cached tokens are split, from the shape alone: the lengths are on the device.
 
-    Each part is read by `head_blocks` programs, one for each block of heads, and `resident` programs share a
-    multiprocessor. All of them run at once, so that none waits for a second round. Where whole sequences, or
-    equal shares of a sequence, keep nine tenths of the multiprocessors busy, the parts are those: sequences
-    of equal length then leave fewer partial results to merge.
+    longest: into how many parts it makes sense to cut one sequence that fills the cache. Each part is read by
+    `head_blocks` programs, one for each block of heads. All of them run at once, so that none waits for a
+    second round. Where whole sequences, or equal shares of a sequence, keep nine tenths of the
+    multiprocessors busy, the parts are those: sequences of equal length then leave fewer partial results.
 
-    >>> choose_parts(batch=128, max_tokens=4096, head_blocks=2, multiprocessors=132, tile=64)
+    >>> choose_parts(batch=128, longest=32, head_blocks=2, multiprocessors=132)
     64
-    >>> choose_parts(batch=1, max_tokens=8192, head_blocks=2, multiprocessors=132, tile=64)
-    64
+    >>> choose_parts(batch=1, longest=32, head_blocks=2, multiprocessors=132)
+    32
     """
-    places = max(multiprocessors * resident // head_blocks, 1)
+    places = max(multiprocessors // head_blocks, 1)
     if batch >= places:
         even = ceil_div(batch, ceil_div(batch, places))  # whole sequences, the same number each
         busy = batch / (ceil_div(batch, places) * places)
@@ -79,7 +76,7 @@ def choose_parts(
         even = batch * (places // batch)  # equal shares of one sequence each
         busy = even / places
     parts = even if busy >= WORTH_SPLITTING else places
-    return min(parts, batch * max(max_tokens // (LEAST_TILES * tile), 1))
+    return min(parts, batch * max(longest, 1))
 
 
 def ceil_div(a: int, b: int) -> int:

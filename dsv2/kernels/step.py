@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv2.kernels.backend import jit, kernel_problem, tl, triton
+from dsv2.kernels.backend import begin, jit, kernel_problem, overlap, tl, triton
+from dsv2.kernels.prefill import normalise
 from dsv2.kernels.schedule import ceil_div
 from dsv2.layers import rms_norm
 from dsv2.rope import rotate_pairs
@@ -64,25 +65,27 @@ def launch_linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> 
     batch, heads, channels = x.shape
     width = weight.shape[1]
     out = x.new_empty(batch, heads, width)
-    tokens, rows, columns = choose_product_blocks(batch, heads * width, x.element_size())
-    linear_kernel[(ceil_div(width, rows), heads, ceil_div(batch, tokens))](
+    blocks = choose_product_blocks(batch, heads * width, x.element_size())
+    grid = (ceil_div(width, blocks["ROWS"]), heads, ceil_div(batch, blocks["TOKENS"]))
+    linear_kernel[grid](
         x, weight, x if residual is None else residual, out,
         *x.stride()[:2], *weight.stride(), 0 if residual is None else residual.stride(0), *out.stride()[:2],
-        batch, width, channels, TOKENS=tokens, ROWS=rows, COLUMNS=columns,
-        EVEN=width % rows == 0 and channels % columns == 0, RESIDUAL=residual is not None,
+        batch, width, channels, RESIDUAL=residual is not None,
+        EVEN=width % blocks["ROWS"] == 0 and channels % blocks["COLUMNS"] == 0, **blocks, **overlap(x.device),
     )  # fmt: skip
     return out
 
 
-def choose_product_blocks(batch: int, outputs: int, itemsize: int) -> tuple[int, int, int]:
-    """Tokens, rows and columns of a program's tile of the weights.
+def choose_product_blocks(batch: int, outputs: int, itemsize: int) -> dict[str, int]:
+    """Tokens, and rows and columns of the weights' tile, in a program of the product.
 
     A program takes all tokens, so that each weight is read once. Few rows, so that there are programs enough
     for every multiprocessor; each row in pieces of 512 bytes.
     """
     tokens = 16 if batch <= 16 else 32 if batch <= 32 else 64
     rows = 16 if outputs <= 8192 else 32
-    return tokens, rows, (512 if tokens == 16 else 256) // itemsize
+    columns = (512 if tokens == 16 else 256) // itemsize
+    return {"TOKENS": tokens, "ROWS": rows, "COLUMNS": columns, "STAGES": 4, "num_warps": 4}
 
 
 @jit
@@ -90,9 +93,10 @@ def linear_kernel(
     x, weight, residual, out,
     x_b, x_h, weight_h, weight_y, weight_x, residual_b, out_b, out_h, batch, width, channels,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    EVEN: tl.constexpr, RESIDUAL: tl.constexpr,
+    EVEN: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """ROWS outputs of one head for TOKENS tokens."""
+    begin(OVERLAP)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
@@ -103,7 +107,7 @@ def linear_kernel(
         weight + head.to(tl.int64) * weight_h + row[:, None].to(tl.int64) * weight_y + column * weight_x
     )
     total = tl.zeros((TOKENS, ROWS), tl.float32)
-    for start in tl.range(0, channels, COLUMNS, num_stages=4):
+    for start in tl.range(0, channels, COLUMNS, num_stages=STAGES):
         if EVEN:
             a = tl.load(x_at + start, mask=is_token, other=0.0)
             w = tl.load(weight_at + start * weight_x)
@@ -131,7 +135,7 @@ def add_norm(x: Tensor, summands: Tensor | None, weight: Tensor, eps: float) -> 
     add_norm_kernel[(x.shape[0],)](
         x, x if summands is None else summands, weight, added, normed,
         x.stride(0), *((0, 0) if summands is None else summands.stride()[:2]), x.shape[1], eps,
-        COUNT=count, WIDTH=triton.next_power_of_2(x.shape[1]), num_warps=8,
+        COUNT=count, WIDTH=triton.next_power_of_2(x.shape[1]), num_warps=8, **overlap(x.device),
     )  # fmt: skip
     return added, normed
 
@@ -148,9 +152,10 @@ def add_norm_reference(
 @jit
 def add_norm_kernel(
     x, summands, weight, added, normed, x_b, summands_b, summands_p, width, eps,
-    COUNT: tl.constexpr, WIDTH: tl.constexpr,
+    COUNT: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One token."""
+    begin(OVERLAP)
     b = tl.program_id(0)
     column = tl.arange(0, WIDTH)
     is_column = column < width
@@ -161,14 +166,6 @@ def add_norm_kernel(
     tl.store(added + b * width + column, total, mask=is_column)
     gain = tl.load(weight + column, mask=is_column, other=0.0)
     tl.store(normed + b * width + column, normalise(total, gain, width, eps), mask=is_column)
-
-
-@jit
-def normalise(x, gain, width, eps):
-    """RMSNorm of one row; the mean in float32, each factor rounded as `dsv2.layers.rms_norm` does."""
-    wide = x.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
-    return ((wide * scale).to(x.dtype).to(tl.float32) * gain.to(tl.float32)).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------- the latent's way in
@@ -205,6 +202,7 @@ def append_latent(
         compressed.stride(0), *q_rope.stride()[:2], *latent.stride()[:2], *k_rope.stride()[:2],
         heads, width, rope // 2, eps, length,
         WIDTH=triton.next_power_of_2(width), PAIRS=triton.next_power_of_2(rope // 2),
+        **overlap(q_rope.device),
     )  # fmt: skip
     return rotated
 
@@ -228,9 +226,10 @@ def append_latent_reference(
 def append_kernel(
     compressed, q_rope, norm_weight, angles, latent, k_rope, lengths, active, rotated,
     compressed_b, q_b, q_h, latent_b, latent_s, k_rope_b, k_rope_s, heads, width, pairs, eps, length,
-    WIDTH: tl.constexpr, PAIRS: tl.constexpr,
+    WIDTH: tl.constexpr, PAIRS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One head's rotary query; or, as the last program of a sequence, the token's latent and rotary key."""
+    begin(OVERLAP)
     b, head = tl.program_id(0), tl.program_id(1)
     pair = tl.arange(0, PAIRS)
     is_pair = pair < pairs

@@ -1,0 +1,107 @@
+"""What lies between the products when many tokens go through at once: each a single pass over memory.
+
+The products themselves are PyTorch's. Written in PyTorch, what lies between them takes as long as they do:
+it reads and writes everything several times, and adds up the experts' outputs one row at a time.
+"""
+
+# n tokens   D hidden_size   I width of a feed-forward network   K experts per token
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv2.kernels.backend import jit, kernel_problem, tl, triton
+from dsv2.kernels.schedule import ceil_div
+
+
+def fits(x: Tensor) -> bool:
+    """Whether these kernels may take the place of PyTorch's: where they run, and no gradient is kept."""
+    return x.is_cuda and not torch.is_grad_enabled() and kernel_problem(x.device) is None
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, where the last dimension of `gate_up` holds the gate's half, then up's."""
+    rows = gate_up.flatten(0, -2)
+    width = rows.shape[1] // 2
+    out = rows.new_empty(rows.shape[0], width)
+    if rows.shape[0]:
+        grid = (rows.shape[0], ceil_div(width, 1024))
+        swiglu_kernel[grid](rows, out, rows.stride(0), width, COLUMNS=1024, num_warps=4)
+    return out.view(*gate_up.shape[:-1], width)
+
+
+@jit
+def swiglu_kernel(gate_up, out, gate_up_n, width, COLUMNS: tl.constexpr):
+    """A piece of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = column < width
+    gate = tl.load(gate_up + row * gate_up_n + column, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * gate_up_n + width + column, mask=there, other=0.0)
+    # Rounded after the gate's part, as PyTorch does between its two operations.
+    gate = (gate / (1.0 + tl.exp(-gate))).to(up.dtype).to(tl.float32)
+    tl.store(out + row * width + column, (gate * up.to(tl.float32)).to(out.dtype.element_ty), mask=there)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, as `dsv2.layers.rms_norm`."""
+    rows = x.flatten(0, -2)
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    if rows.shape[0]:
+        width = rows.shape[1]
+        rms_norm_kernel[(rows.shape[0],)](
+            rows, weight, out, rows.stride(0), width, eps, WIDTH=triton.next_power_of_2(width), num_warps=4
+        )
+    return out.view(x.shape)
+
+
+@jit
+def rms_norm_kernel(x, weight, out, x_n, width, eps, WIDTH: tl.constexpr):
+    """One row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    there = column < width
+    values = tl.load(x + row * x_n + column, mask=there, other=0.0)
+    gain = tl.load(weight + column, mask=there, other=0.0)
+    tl.store(out + row * width + column, normalise(values, gain, width, eps), mask=there)
+
+
+@jit
+def normalise(x, gain, width, eps):
+    """RMSNorm of one row; the mean in float32, each factor rounded as `dsv2.layers.rms_norm` does."""
+    wide = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
+    return ((wide * scale).to(x.dtype).to(tl.float32) * gain.to(tl.float32)).to(x.dtype)
+
+
+def add_up(out: Tensor, weights: Tensor, order: Tensor) -> Tensor:
+    """sum_k weights[t, k] * (the row of `out` that belongs to pair (t, k)): (n K, D) -> (n, D).
+
+    order: (n K,) which pair t K + k each row of `out` belongs to. One program reads a token's K rows and adds
+    them in float32, always in the same order.
+    """
+    tokens, k = weights.shape
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device, dtype=order.dtype)
+    total = out.new_empty(tokens, out.shape[1])
+    if tokens:
+        add_up_kernel[(tokens,)](
+            out, weights, place, total, out.shape[1],
+            K=k, WIDTH=triton.next_power_of_2(out.shape[1]), num_warps=8,
+        )  # fmt: skip
+    return total
+
+
+@jit
+def add_up_kernel(out, weights, place, total, width, K: tl.constexpr, WIDTH: tl.constexpr):
+    """One token."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    there = column < width
+    sum_ = tl.zeros((WIDTH,), tl.float32)
+    for i in tl.static_range(K):
+        row = tl.load(place + token * K + i).to(tl.int64)
+        weight = tl.load(weights + token * K + i).to(tl.float32)
+        sum_ += weight * tl.load(out + row * width + column, mask=there, other=0.0).to(tl.float32)
+    tl.store(total + token * width + column, sum_.to(total.dtype.element_ty), mask=there)
