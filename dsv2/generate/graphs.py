@@ -31,7 +31,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # a batch in between is filled up 
 ROOM = 1024  # a static cache's size is a multiple of this, so that a slightly longer text needs no new graph
 
 
-def why_not(model: DeepSeekV2, batch: int) -> str | None:
+def why_not(model: DeepSeekV2, batch: int, cache: LatentCache | None = None) -> str | None:
     """Why this model is decoded step by step from Python, as a sentence; None: through graphs."""
     problem = kernel_problem(model.embed.weight.device)
     if problem is not None:
@@ -42,6 +42,8 @@ def why_not(model: DeepSeekV2, batch: int) -> str | None:
         return "a layer's form of attention was chosen by hand"
     if "DSV2_IMPL" in os.environ:
         return "functions of the model have been replaced (DSV2_IMPL)"
+    if cache is not None and cache.dtype != model.embed.weight.dtype:
+        return f"the cache holds {cache.dtype}, the model computes in {model.embed.weight.dtype}"
     if batch > BATCHES[-1]:
         return f"a batch of {batch} is larger than {BATCHES[-1]}"
     return None

@@ -72,7 +72,7 @@ def decode(
     Raises ValueError for an empty prompt, or one that leaves no room in `max_position_embeddings`.
     """
     _check_prompts(model, prompts, max_new_tokens)
-    loop = decode_step_by_step if why_not(model, len(prompts)) else decode_with_graphs
+    loop = decode_step_by_step if why_not(model, len(prompts), cache) else decode_with_graphs
     was_training = model.training
     model.eval()
     try:
@@ -127,7 +127,8 @@ def decode_with_graphs(
     device = model.embed.weight.device
     batch, longest = len(prompts), max(len(p) for p in prompts)
     captured = GraphDecoder.of(model).prepare(batch, longest + max_new_tokens - 1, cache)
-    cache = captured.cache.first(batch)
+    if cache is None:
+        cache = captured.cache.first(batch)
     generators = sampling.generators(batch, device)
     logits, routings = prefill(model, prompts, cache)
     lengths = cache.lengths.cpu().clone()  # as the caller has seen them grow
@@ -138,10 +139,9 @@ def decode_with_graphs(
         for made in range(1, max_new_tokens + 1):
             tokens = sampling.draw(logits, generators)
             fetched, arrived = fetch(tokens)
-            fed = alive.clone()
-            if made == max_new_tokens:
-                fed[:] = False
-            else:
+            if made < max_new_tokens:
+                cache.require_room(int(lengths[alive].max()) + 1)  # the kernels write without asking
+                fed = alive.clone()
                 if eos_id is not None:
                     going_on = going_on & (tokens != eos_id)
                 logits, next_routings = captured.run(tokens, going_on)

@@ -189,21 +189,23 @@ def launch_experts(x, expert_ids, weights, w_gate_up, w_down, shared_gate_up=Non
     # One place for each expert, or for each pair where those are fewer: its first pair stands for an expert.
     by_pair = batch * k < experts
     places = (batch * k if by_pair else experts) + shared
+    order, starts = (expert_ids, expert_ids) if by_pair else sort_pairs(expert_ids, experts)
     inner = x.new_empty(batch, k + shared, width)
     out = x.new_empty(batch, k + shared, hidden, dtype=torch.float32)
     up, down = choose_expert_blocks(batch, x.element_size())
     common = dict(
-        BY_PAIR=by_pair, PAIRS=max(triton.next_power_of_2(batch * k), 16), SUMMANDS=k + shared, K=k,
+        BY_PAIR=by_pair, PAIRS=max(triton.next_power_of_2(batch * k), 16) if by_pair else 16,
+        SUMMANDS=k + shared, K=k,
         **overlap(x.device),
     )  # fmt: skip
     gate_up_kernel[(ceil_div(width, up["ROWS"]), places)](
-        x, expert_ids, w_gate_up, shared_gate_up if shared else w_gate_up, inner,
+        x, order, starts, w_gate_up, shared_gate_up if shared else w_gate_up, inner,
         x.stride(0), *w_gate_up.stride()[:2], shared_gate_up.stride(0) if shared else 0,
         batch, experts, hidden, width, shared * width, places - shared,
         EVEN=width % up["ROWS"] == 0 and hidden % up["COLUMNS"] == 0, **up, **common,
     )  # fmt: skip
     down_kernel[(ceil_div(hidden, down["ROWS"]), places)](
-        inner, expert_ids, weights, w_down, shared_down if shared else w_down, out,
+        inner, order, starts, weights, w_down, shared_down if shared else w_down, out,
         *w_down.stride()[:2], shared_down.stride(0) if shared else 0,
         batch, experts, hidden, width, places - shared,
         EVEN=hidden % down["ROWS"] == 0 and width % down["COLUMNS"] == 0, **down, **common,
@@ -224,7 +226,7 @@ def choose_expert_blocks(batch: int, itemsize: int) -> tuple[dict[str, int], dic
 
 @jit
 def gate_up_kernel(
-    x, expert_ids, w_gate_up, shared_gate_up, inner, x_b, w_e, w_row, shared_row,
+    x, order, starts, w_gate_up, shared_gate_up, inner, x_b, w_e, w_row, shared_row,
     batch, experts, hidden, width, shared_width, routed,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
     BY_PAIR: tl.constexpr, PAIRS: tl.constexpr, SUMMANDS: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
@@ -234,7 +236,7 @@ def gate_up_kernel(
     begin(OVERLAP)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     place = tl.program_id(1)
-    expert, rank, count = tokens_of(place, expert_ids, batch, routed, BY_PAIR, PAIRS, K)
+    expert, before, count = tokens_of(place, order, starts, batch, routed, BY_PAIR, PAIRS, K)
     is_row = row < width
     column = tl.arange(0, COLUMNS)
     if place < routed:
@@ -244,7 +246,9 @@ def gate_up_kernel(
         gate_at = shared_gate_up + ((place - routed) * width + row[:, None]) * shared_row + column
         up_at = gate_at + shared_width * shared_row
     for first in range(0, count, TOKENS):
-        token, summand, there = pairs_at(place, first, rank, count, routed, TOKENS, PAIRS, K)
+        token, summand, there = pairs_at(
+            place, first, before, count, order, routed, TOKENS, BY_PAIR, PAIRS, K
+        )
         x_at = x + token[:, None] * x_b + column
         gate = tl.zeros((TOKENS, ROWS), tl.float32)
         up = tl.zeros((TOKENS, ROWS), tl.float32)
@@ -267,7 +271,7 @@ def gate_up_kernel(
 
 @jit
 def down_kernel(
-    inner, expert_ids, weights, w_down, shared_down, out, w_e, w_row, shared_row,
+    inner, order, starts, weights, w_down, shared_down, out, w_e, w_row, shared_row,
     batch, experts, hidden, width, routed,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr,
     BY_PAIR: tl.constexpr, PAIRS: tl.constexpr, SUMMANDS: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
@@ -277,7 +281,7 @@ def down_kernel(
     begin(OVERLAP)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     place = tl.program_id(1)
-    expert, rank, count = tokens_of(place, expert_ids, batch, routed, BY_PAIR, PAIRS, K)
+    expert, before, count = tokens_of(place, order, starts, batch, routed, BY_PAIR, PAIRS, K)
     is_row = row < hidden
     column = tl.arange(0, COLUMNS)
     if place < routed:
@@ -285,7 +289,9 @@ def down_kernel(
     else:
         down_at = shared_down + row[:, None] * shared_row + (place - routed) * width + column
     for first in range(0, count, TOKENS):
-        token, summand, there = pairs_at(place, first, rank, count, routed, TOKENS, PAIRS, K)
+        token, summand, there = pairs_at(
+            place, first, before, count, order, routed, TOKENS, BY_PAIR, PAIRS, K
+        )
         inner_at = inner + (token * SUMMANDS + summand)[:, None] * width + column
         total = tl.zeros((TOKENS, ROWS), tl.float32)
         for start in tl.range(0, width, COLUMNS, num_stages=STAGES):
@@ -304,28 +310,82 @@ def down_kernel(
 
 
 @jit
-def tokens_of(place, expert_ids, batch, routed, BY_PAIR: tl.constexpr, PAIRS: tl.constexpr, K: tl.constexpr):
-    """The expert of a place, each pair's rank among those that chose it (or -1), and how many chose it."""
-    pair = tl.arange(0, PAIRS)
-    ids = tl.load(expert_ids + pair, mask=pair < batch * K, other=-1).to(tl.int32)
-    expert = place
-    if BY_PAIR:
+def tokens_of(
+    place, order, starts, batch, routed, BY_PAIR: tl.constexpr, PAIRS: tl.constexpr, K: tl.constexpr
+):
+    """The expert of a place; where its pairs begin in `order`, or their ranks (-1: none); their number."""
+    if BY_PAIR:  # `order` is the ids as they are; an expert's first pair does the work of all
+        pair = tl.arange(0, PAIRS)
+        ids = tl.load(order + pair, mask=pair < batch * K, other=-1).to(tl.int32)
         expert = tl.sum(tl.where(pair == place, ids, 0), 0)
-    chose = ids == expert
-    count = tl.sum(chose.to(tl.int32), 0)
-    if BY_PAIR:  # an earlier pair does the work of all with this expert
+        chose = (ids == expert) & (expert >= 0)
         earlier = tl.sum((chose & (pair < place)).to(tl.int32), 0)
-        count = tl.where(earlier > 0, 0, count)
-    rank = tl.where(chose, tl.cumsum(chose.to(tl.int32), 0) - 1, -1)
+        count = tl.where(earlier > 0, 0, tl.sum(chose.to(tl.int32), 0))
+        before = tl.where(chose, tl.cumsum(chose.to(tl.int32), 0) - 1, -1)
+    else:
+        expert = place
+        before, count = 0, 0
+        if place < routed:
+            before = tl.load(starts + place)
+            count = tl.load(starts + place + 1) - before
     count = tl.where(place < routed, count, batch)  # a shared expert takes every token
-    return expert, rank, count
+    return expert, before, count
 
 
 @jit
-def pairs_at(place, first, rank, count, routed, TOKENS: tl.constexpr, PAIRS: tl.constexpr, K: tl.constexpr):
+def pairs_at(
+    place, first, before, count, order, routed,
+    TOKENS: tl.constexpr, BY_PAIR: tl.constexpr, PAIRS: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
     """The tokens at ranks first, first + 1, ...; which of their summands this is; whether there are such."""
     wanted = first + tl.arange(0, TOKENS)
-    found = tl.sum(tl.where(rank[None, :] == wanted[:, None], tl.arange(0, PAIRS)[None, :], 0), 1)
+    there = wanted < count
+    if BY_PAIR:
+        found = tl.sum(tl.where(before[None, :] == wanted[:, None], tl.arange(0, PAIRS)[None, :], 0), 1)
+    else:
+        found = tl.load(order + before + wanted, mask=wanted < tl.where(place < routed, count, 0), other=0)
     token = tl.where(place < routed, found // K, wanted)
     summand = tl.where(place < routed, found % K, K + place - routed)
-    return token, summand, wanted < count
+    return token, summand, there
+
+
+def sort_pairs(expert_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """The pairs ordered by expert, and where each expert's begin: (B K,) and (E + 1,), int32.
+
+    Expert e's are order[starts[e] : starts[e + 1]], tokens in their own order; an id of -1 is no expert's.
+    """
+    pairs = expert_ids.numel()
+    order = torch.empty(pairs, dtype=torch.int32, device=expert_ids.device)
+    starts = torch.empty(experts + 1, dtype=torch.int32, device=expert_ids.device)
+    sort_kernel[(ceil_div(pairs + experts + 1, 16),)](
+        expert_ids, order, starts, pairs, experts, QUERIES=16, CHUNK=128, **overlap(expert_ids.device)
+    )
+    return order, starts
+
+
+@jit
+def sort_kernel(
+    expert_ids,
+    order,
+    starts,
+    pairs,
+    experts,
+    QUERIES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """A pair's place is how many come before it: those of lower experts, and earlier ones of its own."""
+    begin(OVERLAP)
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    is_pair = query < pairs
+    expert = tl.where(is_pair, tl.load(expert_ids + query, mask=is_pair, other=0).to(tl.int32), query - pairs)
+    earlier_than = tl.where(is_pair, query, 0)  # an expert begins before all of its pairs
+    place = tl.zeros((QUERIES,), tl.int32)
+    for start in range(0, pairs, CHUNK):
+        pair = start + tl.arange(0, CHUNK)
+        ids = tl.load(expert_ids + pair, mask=pair < pairs, other=2**30).to(tl.int32)
+        lower = ids[None, :] < expert[:, None]
+        earlier = (ids[None, :] == expert[:, None]) & (pair[None, :] < earlier_than[:, None])
+        place += tl.sum((lower | earlier).to(tl.int32), 1)
+    tl.store(order + place, query, mask=is_pair)
+    tl.store(starts + (query - pairs), place, mask=(query >= pairs) & (query - pairs <= experts))
