@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv2.config import DSV2Config, YarnScaling
+from dsv2.kernels import prefill
 
 
 def rope_frequencies(dim: int, theta: float = 10000.0) -> Float[Tensor, " pairs"]:
@@ -77,6 +78,8 @@ def rotate_pairs(
     Computed in float32 and returned in x's type: late positions are large angles, and bf16 keeps three
     digits.
     """
+    if x.is_cuda and prefill.fits(x):
+        return prefill.rotate_pairs(x, cos, sin)
     x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1).flatten(-2).to(x.dtype)

@@ -62,7 +62,7 @@ def norm_route(
         1.0 if choice.scaling is None else choice.scaling, choice.k, choice.n_group, choice.topk_group,
         NORMALISE=choice.scaling is None, GROUPED=choice.n_group > 0, WIDTH=triton.next_power_of_2(width),
         EXPERTS=triton.next_power_of_2(experts), GROUPS=max(triton.next_power_of_2(choice.n_group), 1),
-        COLUMNS=max(8192 // triton.next_power_of_2(experts), 16), num_warps=8, **overlap(x.device),
+        COLUMNS=max(16384 // triton.next_power_of_2(experts), 16), num_warps=16, **overlap(x.device),
     )  # fmt: skip
     return normed, ids, weights, scores
 
@@ -192,7 +192,7 @@ def launch_experts(x, expert_ids, weights, w_gate_up, w_down, shared_gate_up=Non
     order, starts = (expert_ids, expert_ids) if by_pair else sort_pairs(expert_ids, experts)
     inner = x.new_empty(batch, k + shared, width)
     out = x.new_empty(batch, k + shared, hidden, dtype=torch.float32)
-    up, down = choose_expert_blocks(batch, x.element_size())
+    up, down = choose_expert_blocks(batch, places, x.element_size())
     common = dict(
         BY_PAIR=by_pair, PAIRS=max(triton.next_power_of_2(batch * k), 16) if by_pair else 16,
         SUMMANDS=k + shared, K=k,
@@ -213,15 +213,17 @@ def launch_experts(x, expert_ids, weights, w_gate_up, w_down, shared_gate_up=Non
     return out
 
 
-def choose_expert_blocks(batch: int, itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
+def choose_expert_blocks(batch: int, places: int, itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
     """Tokens, and rows and columns of the weights' tile, in a program of each kernel.
 
     Of 64 tokens rarely more than 16 choose the same expert; where they do, its weights are read once more,
-    from the cache. The first kernel holds two tiles, the gate's and up's.
+    from the cache. The first kernel holds two tiles, the gate's and up's. A single expert, which a dense
+    network is, takes few rows a program, so that there are programs enough.
     """
     tokens = 16 if batch <= 64 else 32 if batch <= 128 else 64
     common = {"TOKENS": tokens, "COLUMNS": 256 // itemsize, "STAGES": 4, "num_warps": 4}
-    return {"ROWS": 32, **common}, {"ROWS": 64 if tokens == 16 else 32, **common}
+    down_rows = 16 if places == 1 else 64 if tokens == 16 else 32
+    return {"ROWS": 32, **common}, {"ROWS": down_rows, **common}
 
 
 @jit

@@ -17,7 +17,9 @@ from dsv2.kernels.schedule import ceil_div
 
 def fits(x: Tensor) -> bool:
     """Whether these kernels may take the place of PyTorch's: where they run, and no gradient is kept."""
-    return x.is_cuda and not torch.is_grad_enabled() and kernel_problem(x.device) is None
+    if not x.is_cuda or torch.is_grad_enabled() or x.dtype == torch.float64:
+        return False
+    return x.stride(-1) == 1 and kernel_problem(x.device) is None
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -73,6 +75,38 @@ def normalise(x, gain, width, eps):
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
     return ((wide * scale).to(x.dtype).to(tl.float32) * gain.to(tl.float32)).to(x.dtype)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`dsv2.rope.rotate_pairs`: x (..., tokens, heads, channels), cos and sin (..., tokens, pairs)."""
+    rows = x.flatten(0, -3)
+    cos, sin = (
+        angles.expand(*x.shape[:-2], -1).reshape(rows.shape[0], -1).contiguous() for angles in (cos, sin)
+    )
+    tokens, heads, channels = rows.shape
+    out = rows.new_empty(rows.shape)
+    if tokens:
+        rotate_kernel[(tokens,)](
+            rows, cos, sin, out, *rows.stride()[:2], heads, channels // 2,
+            HEADS=triton.next_power_of_2(heads), PAIRS=triton.next_power_of_2(channels // 2),
+        )  # fmt: skip
+    return out.view(x.shape)
+
+
+@jit
+def rotate_kernel(x, cos, sin, out, x_n, x_h, heads, pairs, HEADS: tl.constexpr, PAIRS: tl.constexpr):
+    """All heads of one token: (x_0 cos - x_1 sin, x_0 sin + x_1 cos) for each pair of channels."""
+    token = tl.program_id(0).to(tl.int64)
+    head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIRS)
+    there = (head < heads) & (pair < pairs)
+    c = tl.load(cos + token * pairs + pair, mask=pair < pairs, other=0.0)
+    s = tl.load(sin + token * pairs + pair, mask=pair < pairs, other=0.0)
+    from_ = x + token * x_n + head * x_h + 2 * pair
+    to = out + (token * heads + head) * 2 * pairs + 2 * pair
+    x0 = tl.load(from_, mask=there, other=0.0).to(tl.float32)
+    x1 = tl.load(from_ + 1, mask=there, other=0.0).to(tl.float32)
+    tl.store(to, (x0 * c - x1 * s).to(out.dtype.element_ty), mask=there)
+    tl.store(to + 1, (x0 * s + x1 * c).to(out.dtype.element_ty), mask=there)
 
 
 def add_up(out: Tensor, weights: Tensor, order: Tensor) -> Tensor:

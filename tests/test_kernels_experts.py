@@ -1,0 +1,212 @@
+"""Router, experts for few tokens, and the passes between the products of many, against float64 formulas."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv2 import layers, rope
+from dsv2.kernels import experts, prefill
+from dsv2.kernels.backend import triton
+from dsv2.kernels.experts import Choice
+
+pytestmark = pytest.mark.skipif(triton is None, reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# Relative, of the whole result. float32: sums in another order. bf16 and fp16: the inner activations are
+# rounded once, the weights and inputs are exact.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+
+
+def relative(out, expected) -> float:
+    return float(((out.double() - expected.double()).norm() / expected.double().norm()).nan_to_num(torch.inf))
+
+
+def normal(seed: int, *shape: int, dtype=torch.float32, scale: float = 1.0) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=random) * scale).to(dtype).to(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def kernels_everywhere(monkeypatch):
+    monkeypatch.setattr(experts, "uses_kernels", lambda x: True)
+
+
+# ------------------------------------------------------------------------------------------- experts
+
+LAYERS = {  # batch, experts, chosen, hidden, width, shared
+    "one token": (1, 10, 3, 70, 40, 2),
+    "few pairs": (3, 30, 4, 130, 33, 1),
+    "many pairs": (9, 6, 2, 96, 50, 0),
+    "more tokens than a tile": (40, 4, 3, 64, 24, 2),
+    "one expert for all": (20, 1, 1, 48, 90, 0),
+    "whole blocks": (5, 8, 2, 128, 64, 1),
+}
+
+
+def layer(name: str, dtype: torch.dtype):
+    batch, count, k, hidden, width, shared = LAYERS[name]
+    random = torch.Generator().manual_seed(1)
+    ids = torch.stack([torch.randperm(count, generator=random)[:k] for _ in range(batch)]).to(DEVICE)
+    weights = torch.rand(batch, k, generator=random).to(DEVICE)
+    x = normal(2, batch, hidden, dtype=dtype)
+    matrices = [
+        normal(3, count, 2 * width, hidden, dtype=dtype, scale=hidden**-0.5),
+        normal(4, count, hidden, width, dtype=dtype, scale=width**-0.5),
+    ]
+    if shared:
+        matrices.append(normal(5, 2 * shared * width, hidden, dtype=dtype, scale=hidden**-0.5))
+        matrices.append(normal(6, hidden, shared * width, dtype=dtype, scale=width**-0.5))
+    return x, ids, weights, *matrices
+
+
+def exact(x, ids, weights, w_gate_up, w_down, shared_gate_up=None, shared_down=None):
+    """sum_k g_k FFN_k(x) + FFN_shared(x) in float64, token by token."""
+
+    def network(row, gate_up, down):
+        gate, up = (gate_up.double() @ row.double()).chunk(2)
+        return down.double() @ (gate * torch.sigmoid(gate) * up)
+
+    rows = []
+    for row, chosen, scale in zip(x, ids.tolist(), weights.tolist()):
+        total = sum(g * network(row, w_gate_up[e], w_down[e]) for e, g in zip(chosen, scale))
+        if shared_down is not None:
+            total = total + network(row, shared_gate_up, shared_down)
+        rows.append(total)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_experts_equal_float64(name, dtype):
+    given = layer(name, dtype)
+    out = experts.launch_experts(*given)
+    assert relative(out.sum(dim=1), exact(*given)) < TOLERANCE[dtype]
+    assert torch.equal(out, experts.launch_experts(*given))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_reference_of_the_experts_equals_float64(name):
+    given = layer(name, torch.float32)
+    assert relative(experts.experts_reference(*given).sum(dim=1), exact(*given)) < TOLERANCE[torch.float32]
+
+
+TOKEN_LOOP = """    for first in range(0, count, TOKENS):
+        token, summand, there = pairs_at(
+            place, first, before, count, order, routed, TOKENS, BY_PAIR, PAIRS, K
+        )
+        x_at"""
+WEIGHING = "        if place < routed:\n            total *="
+WRONG = {  # what is changed in the text of the kernels: the old words, the new ones
+    "gate and up are swapped": (
+        "product = gate / (1.0 + tl.exp(-gate)) * up",
+        "product = up / (1.0 + tl.exp(-up)) * gate",
+    ),
+    "weights are forgotten": (WEIGHING, WEIGHING.replace("place < routed", "place < 0")),
+    "the shared expert is weighted": (WEIGHING, WEIGHING.replace("place < routed", "place >= 0")),
+    "up's rows are the gate's": ("up_at = gate_at + width * w_row", "up_at = gate_at + 0 * width * w_row"),
+    "only the first tile of tokens": (
+        TOKEN_LOOP,
+        TOKEN_LOOP.replace("(0, count,", "(0, tl.minimum(count, TOKENS),"),
+    ),
+    "every pair does the work of its expert alone": (
+        "count = tl.where(earlier > 0, 0, tl.sum(chose.to(tl.int32), 0))",
+        "count = tl.where(earlier > 0, 0, 1)",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("mistake", WRONG)
+def test_wrong_experts_are_rejected(mistake, tmp_path):
+    old, new = WRONG[mistake]
+    source = Path(experts.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {experts.__file__}"
+    path = tmp_path / "wrong_experts.py"
+    path.write_text(source.replace(old, new), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("wrong_experts", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    found = []
+    for name in LAYERS:
+        given = layer(name, torch.float32)
+        found.append(relative(module.launch_experts(*given).sum(dim=1), exact(*given)))
+    assert not max(found) < TOLERANCE[torch.float32]
+
+
+# ------------------------------------------------------------------------------------------- routing
+
+CHOICES = (Choice(3), Choice(4, 4, 2, None), Choice(2, 3, 1, 16.0), Choice(5, 12, 7, 2.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_router_equals_the_reference(choice, dtype):
+    x, gain = normal(1, 5, 130, dtype=dtype), normal(2, 130, dtype=dtype)
+    router = normal(3, 12, 130, dtype=dtype, scale=0.1)
+    normed, ids, weights, scores = experts.norm_route(x, gain, 1e-6, router, choice)
+    expected = experts.norm_route_reference(x, gain, 1e-6, router, choice)
+    # The norm's last rounding may fall on either side; the scores start from its rounded result.
+    assert relative(normed, expected[0]) < TOLERANCE[dtype]
+    assert relative(scores, expected[3]) < max(TOLERANCE[dtype], 1e-5)
+    assert torch.equal(ids, expected[1])
+    assert relative(weights, expected[2]) < max(TOLERANCE[dtype], 1e-5)
+
+
+def test_ties_go_to_the_lower_expert():
+    x = normal(1, 2, 16)
+    router = normal(2, 1, 16).expand(6, 16).contiguous()
+    ids = experts.norm_route(x, torch.ones(16, device=DEVICE), 1e-6, router, Choice(3))[1]
+    assert ids.tolist() == [[0, 1, 2]] * 2
+
+
+# ------------------------------------------------------------------------------- between the products
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swiglu_equals_the_layers(dtype):
+    x = normal(1, 3, 5, 2 * 1030, dtype=dtype)
+    gate, up = x.double().chunk(2, dim=-1)
+    assert relative(prefill.swiglu(x), gate * torch.sigmoid(gate) * up) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm_equals_the_layers(dtype):
+    x, gain = normal(1, 3, 5, 2 * 70, dtype=dtype)[..., :70], normal(2, 70, dtype=dtype)
+    with torch.enable_grad():
+        expected = layers.rms_norm(x, gain, 1e-5)
+    assert relative(prefill.rms_norm(x, gain, 1e-5), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotation_equals_rope(dtype):
+    x = normal(1, 2, 7, 3, 20, dtype=dtype)[..., 4:]
+    angles = normal(2, 1, 7, 6, scale=100.0)
+    x = x[..., :12]
+    with torch.enable_grad():
+        expected = rope.rotate_pairs(x, angles.cos(), angles.sin())
+    assert relative(prefill.rotate_pairs(x, angles.cos(), angles.sin()), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_adding_up_equals_a_loop(dtype):
+    tokens, k, width = 11, 3, 45
+    order = torch.randperm(tokens * k, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    out, weights = normal(2, tokens * k, width, dtype=dtype), normal(3, tokens, k).abs()
+    expected = torch.zeros(tokens, width, dtype=torch.float64, device=DEVICE)
+    for row, pair in enumerate(order.tolist()):
+        expected[pair // k] += weights.double()[pair // k, pair % k] * out[row].double()
+    assert relative(prefill.add_up(out, weights, order), expected) < TOLERANCE[dtype]
+
+
+def test_gradients_keep_the_plain_path():
+    x = normal(1, 2, 8).requires_grad_()
+    assert not prefill.fits(x)
+    layers.swiglu(x).sum().backward()
+    assert x.grad is not None
