@@ -8,11 +8,13 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+GRAPH_CALLS = 16  # at least, in a graph that is timed
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,41 @@ def seconds(work: Callable[[], object]) -> float:
     work()
     synchronize()
     return time.perf_counter() - start
+
+
+def graph_seconds(calls: Sequence[Callable[[], object]], repeats: int = 15) -> float:
+    """Seconds of one call: the median of replays of a CUDA graph that makes all of them, one after another.
+
+    A graph leaves no gaps between kernels for Python to fill. The calls should work on different memory, so
+    that the L2 cache does not serve one what another has left there.
+    """
+    calls = list(calls) * -(-GRAPH_CALLS // len(calls))  # the launch of a graph is shared by many calls
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:  # compiles, allocates
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repeats + 2):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        graph.replay()
+        last.record()
+        last.synchronize()
+        times.append(first.elapsed_time(last) / 1e3 / len(calls))
+    return statistics.median(times[2:])
+
+
+def product_rate(size: int = 8192, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Operations a second of a product of two square matrices on the GPU, random numbers in them."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / graph_seconds([lambda: torch.mm(a, b, out=out)], repeats=5)
 
 
 def synchronize() -> None:
