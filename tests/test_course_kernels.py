@@ -82,6 +82,7 @@ def test_an_exception_in_a_kernel_is_shown_with_its_line(tmp_path):
         assert "begin + slot" in verdict.code
 
 
+@needs_triton
 def test_held_reports_and_refuses(capsys):
     held(torch.sin, lambda x: x.sin() + 1e-7, torch.ones(2, 3))
     assert "2 x 3 numbers, up to 0.84 large" in capsys.readouterr().out

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import dsv2
+from dsv2.accounting import decode_bytes
 from dsv2.data import ByteTokenizer
 from dsv2.generate import Sampling, _Text, decode, is_looping, next_token_probabilities, prefill, stream
 from dsv2.generate.__main__ import main
+from dsv2.generate.measure import Decoding, measure_decoding, random_model
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +202,32 @@ def test_command_line_writes_and_reports_errors(model, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("hello")
     assert main(["hello", "--model", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_bench_prints_speed_and_share_and_names_bad_sizes(capsys):
+    small = ["--bench", "--device", "cpu", "--cached", "60", "--steps", "8", "--batch", "2"]
+    assert main(small) == 0
+    said = capsys.readouterr().out
+    assert "tokens/s" in said and "of the limit" in said and "step by step" in said
+    assert main([*small[:3], "--cached", "100000"]) == 1
+    assert "max_position_embeddings" in capsys.readouterr().err
+    assert main([*small, "--batch", "0"]) == 1
+    assert "--batch=0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--preset", "tiny"])
+
+
+def test_the_limit_counts_what_a_step_reads():
+    """Half the speed of the limit: twice the time that its bytes take."""
+    found = Decoding(
+        batch=4, cached=10, steps=3, seconds=2.0, bytes=30.0, bandwidth=30.0, through_graphs=False
+    )
+    assert found.tokens_per_second == 2.0
+    assert found.limit == 4.0
+    assert found.share == 0.5
+    model = random_model(DSV2Config.preset("tiny"), "cpu", torch.float32)
+    measured = measure_decoding(model, 3, 50, steps=4, bandwidth=1e9)
+    expected = decode_bytes(model.cfg, 50, 3, weight_dtype="float32", cache_dtype="float32").total
+    assert 0.7 * expected < measured.bytes < 1.3 * expected  # the experts hit differ from those expected
+    with pytest.raises(ValueError, match="steps=3"):
+        measure_decoding(model, 1, 10, steps=3)

@@ -70,7 +70,7 @@ def note(verdict: Verdict, folders: Folders = HERE) -> Entry:
     """Remember a verdict; the entry as it is now. An exercise that is not begun leaves no trace."""
     entries = load(folders.progress)
     entry = entries.setdefault(verdict.number, Entry())
-    if verdict.status in ("not started", "missing") or verdict.untouched:
+    if verdict.status in ("not started", "missing", "not here") or verdict.untouched:
         return entry
     if verdict.status == "passed":
         entry.passed = verdict.source

@@ -51,6 +51,9 @@ def judge(
         len(exercise.cases),
         given=exercise.given or "",
     )
+    if exercise.needs_triton and (why := why_no_kernels()):
+        verdict.status, verdict.found = "not here", [("needs", why)]
+        return verdict
     if expected is None:
         expected = right_outcomes(exercise)
     outcomes: list[Outcome] = []
@@ -90,10 +93,24 @@ def attempt(exercise: Exercise, answer: Callable[..., Any], arguments: dict[str,
     try:
         return Outcome(value=exercise.run(answer, arguments), arguments=kept)
     except BaseException as error:  # also SystemExit and KeyboardInterrupt: the answer is a stranger's code
-        return Outcome(error=error, arguments=kept)
+        return Outcome(error=out_of_kernel(error), arguments=kept)
     finally:
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(grad)
+
+
+def why_no_kernels() -> str:
+    """Why Triton kernels cannot run here, in a sentence; "" if they can."""
+    from dsv2.course.kernels import why_not  # loads Triton, which few exercises need
+
+    return why_not()
+
+
+def out_of_kernel(error: BaseException) -> BaseException:
+    """The exception that a kernel's line raised, which Triton's interpreter wraps in one of its own."""
+    while type(error).__name__ == "InterpreterError" and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _hold_against(

@@ -75,6 +75,9 @@ def verdict_card(verdict: Verdict, entry: Entry, place: str = TERMINAL) -> Card:
             )
         lines = [("still open", f"line {verdict.line} of {file}: {verdict.code}")]
         return Card(f"{title}: not finished yet", "open", lines, closing=f"For a hint: {hint}")
+    if verdict.status == "not here":
+        closing = "It counts for nothing here; on Linux, or on Colab, it can be checked."
+        return Card(f"{title}: cannot be checked here", "open", verdict.found, closing=closing)
 
     lines = [("case", verdict.case)] if verdict.case else []
     lines += verdict.found

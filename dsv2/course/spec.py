@@ -50,7 +50,8 @@ class Exercise:
     tensor's in a tuple or dict; () where it has none. checked: what a pass has shown, in words. tolerance:
     absolute and relative, of float32 sums in another order. replaces: what of the package the learner's
     function stands in for when the course runs on their code, as "dsv2.attention.mla.absorb_query". given: in
-    a bug hunt, the name of the mistake that the stub contains.
+    a bug hunt, the name of the mistake that the stub contains. needs_triton: where Triton is not installed,
+    the exercise cannot be checked, which the check then says.
     """
 
     number: str
@@ -68,6 +69,7 @@ class Exercise:
     run: Callable[[Callable[..., Any], Mapping[str, Any]], Any] = call
     replaces: tuple[str, ...] = ()
     given: str | None = None
+    needs_triton: bool = False
 
     @property
     def chapter(self) -> str:

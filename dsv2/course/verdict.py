@@ -11,7 +11,8 @@ Lines = list[tuple[str, str]]  # what is said, as (label, text): ("expected", "s
 
 @dataclass
 class Verdict:
-    """What a check found. status: "passed", "failed", "not started", "raised", "missing", "hung" or "died".
+    """What a check found. status: "passed", "failed", "not started", "raised", "missing", "hung",
+    "died" or "not here" (what it needs is not on this computer).
 
     case: the first one that did not pass, in words. found: what differs there. diagnosis: what is known about
     an answer with these results, that of the mistake named `mistake`. given: the mistake a bug hunt begins

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import torch
 
+from dsv2.config import PRESETS, DSV2Config
 from dsv2.generate import stream
+from dsv2.generate.graphs import why_not
+from dsv2.generate.measure import measure_decoding, random_model
 from dsv2.hf import DTYPES, load_pretrained
 
 SHIPPED_MODEL = Path(__file__).resolve().parents[2] / "data" / "tiny"
@@ -43,9 +46,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=sorted(DTYPES),
         help="of the weights (default: the checkpoint's; fp32 on a CPU, which is slow with fewer bits)",
     )
+    bench = parser.add_argument_group("how fast it decodes")
+    bench.add_argument(
+        "--bench", action="store_true", help="print tokens/s and the share of the limit, instead of writing"
+    )
+    bench.add_argument(
+        "--preset", choices=sorted(PRESETS), help="measure random weights of this shape, not --model"
+    )
+    bench.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at once (default: 1)")
+    bench.add_argument("--cached", type=int, default=1024, metavar="N", help="tokens before (default: 1024)")
+    bench.add_argument("--steps", type=int, default=32, metavar="N", help="to measure (default: 32)")
     options = parser.parse_args(arguments)
+    if options.preset and not options.bench:
+        parser.error("--preset has random weights, which write nothing; it goes with --bench")
 
     try:
+        if options.bench:
+            print(_measure(options))
+            return 0
         dtype = options.dtype or ("fp32" if options.device == "cpu" else None)
         model = load_pretrained(options.model, device=options.device, dtype=DTYPES.get(dtype))
         for prompt in [options.prompt] if options.prompt is not None else _typed_prompts():
@@ -63,12 +81,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for step in steps:
                 print(step.text, end="", flush=True)
             print()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"dsv2.generate: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print()
     return 0
+
+
+def _measure(options: argparse.Namespace) -> str:
+    """What `--bench` prints. Raises ValueError for a batch or cache that the model has no room for."""
+    if options.batch < 1 or options.cached < 1:
+        raise ValueError(f"--batch={options.batch} and --cached={options.cached} must be at least 1")
+    on_gpu = options.device != "cpu"
+    if options.preset:
+        dtype = DTYPES[options.dtype or ("bf16" if on_gpu else "fp32")]
+        model = random_model(DSV2Config.preset(options.preset), options.device, dtype)
+    else:
+        dtype = DTYPES.get(options.dtype or (None if on_gpu else "fp32"))
+        model = load_pretrained(options.model, device=options.device, dtype=dtype)
+    limit = model.cfg.max_position_embeddings
+    if options.cached + options.steps > limit:
+        raise ValueError(
+            f"--cached={options.cached} and --steps={options.steps} pass the model's "
+            f"max_position_embeddings={limit}; shorten one of them"
+        )
+    found = measure_decoding(model.eval(), options.batch, options.cached, options.steps)
+    way = "CUDA graphs" if found.through_graphs else f"step by step: {why_not(model, options.batch)}"
+    return f"{found}\n{way}"
 
 
 def _typed_prompts() -> Iterator[str]:

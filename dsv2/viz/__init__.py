@@ -13,6 +13,13 @@ from dsv2.viz.cache import (
     step_times,
     visible_keys,
 )
+from dsv2.viz.decode import (
+    online_softmax_explorer,
+    online_softmax_figure,
+    schedule_explorer,
+    schedule_figure,
+    traffic_bars,
+)
 from dsv2.viz.diagrams import chapters_here, course_map, model_diagram
 from dsv2.viz.latent import latent_explorer, latent_sizes, loss_against_cache, rank_curves
 from dsv2.viz.plots import (
@@ -75,6 +82,8 @@ __all__ = [
     "loss_against_cache",
     "memory_bars",
     "model_diagram",
+    "online_softmax_explorer",
+    "online_softmax_figure",
     "pair_cosines",
     "png",
     "position_losses",
@@ -86,7 +95,10 @@ __all__ = [
     "rotation_clocks",
     "routing_browser",
     "save",
+    "schedule_explorer",
+    "schedule_figure",
     "step_times",
+    "traffic_bars",
     "training_curves",
     "two_forms",
     "visible",

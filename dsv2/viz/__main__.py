@@ -21,6 +21,17 @@ from dsv2.viz import (
     save,
     training_curves,
 )
+from dsv2.viz.decode_results import (
+    decode_results_figure,
+    generate_results_figure,
+    share_of_limit_figure,
+)
+
+RESULT_FIGURES = {
+    "decode-results": (decode_results_figure, "attention: time against cached tokens"),
+    "share-of-limit": (share_of_limit_figure, "attention: share of the limit by shape"),
+    "generate-results": (generate_results_figure, "a V2-Lite-shaped model against transformers"),
+}
 
 
 def _baseline(text: str) -> tuple[str, float]:
@@ -54,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--baseline", type=_baseline, action="append", default=[], metavar="NAME=NATS")
     bars = figures.add_parser("benchmark-bars", parents=[common], help="a benchmark's results")
     bars.add_argument("results", type=Path, help="JSON written by python -m dsv2.bench")
+    for name, what in RESULT_FIGURES.items():
+        measured = figures.add_parser(name, parents=[common], help=what[1])
+        measured.add_argument("results", type=Path, help="JSON written by python -m dsv2.bench on a GPU")
     return parser
 
 
@@ -67,6 +81,8 @@ def draw(options: argparse.Namespace) -> Figure:
         return course_map()
     if options.figure == "training-curves":
         return training_curves(options.metrics, dict(options.baseline))
+    if options.figure in RESULT_FIGURES:
+        return RESULT_FIGURES[options.figure][0](options.results)
     return benchmark_bars(options.results)
 
 
