@@ -225,7 +225,7 @@ def test_the_limit_counts_what_a_step_reads():
     assert found.tokens_per_second == 2.0
     assert found.limit == 4.0
     assert found.share == 0.5
-    model = random_model(DSV2Config.preset("tiny"), "cpu", torch.float32)
+    model = random_model(dsv2.DSV2Config.preset("tiny"), "cpu", torch.float32)
     measured = measure_decoding(model, 3, 50, steps=4, bandwidth=1e9)
     expected = decode_bytes(model.cfg, 50, 3, weight_dtype="float32", cache_dtype="float32").total
     assert 0.7 * expected < measured.bytes < 1.3 * expected  # the experts hit differ from those expected
