@@ -20,7 +20,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from dsv2.kernels import attention, descriptors, hopper  # noqa: E402
+from dsv2.kernels import attention, descriptors, experts, hopper, prefill, step  # noqa: E402
 
 # Bytes of shared memory that one program may have (CUDA programming guide, table of compute capabilities).
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -56,7 +56,81 @@ class Build:
 
 
 def builds(capability: int) -> Iterator[Build]:
-    """The kernels as V2's shapes launch them on a GPU of this compute capability."""
+    """The kernels as V2's and V2-Lite's shapes launch them on a GPU of this compute capability."""
+    yield from step_builds()
+    yield from attention_builds(capability)
+
+
+def step_builds() -> Iterator[Build]:
+    """What surrounds attention, for V2-Lite in bf16: 64 experts, 2,048 channels, batches of 1, 32 and 128."""
+    half = (
+        "x",
+        "weight",
+        "residual",
+        "out",
+        "compressed",
+        "q_rope",
+        "norm_weight",
+        "latent",
+        "k_rope",
+        "rotated",
+    )
+    half += (
+        "added",
+        "normed",
+        "router",
+        "inner",
+        "w_gate_up",
+        "shared_gate_up",
+        "w_down",
+        "shared_down",
+        "gate_up",
+    )
+    types = dict.fromkeys(half, "*bf16") | dict.fromkeys(("eps", "length", "scaling"), "fp32")
+    types |= dict.fromkeys(("summands", "weights", "scores", "cos", "sin", "angles"), "*fp32")
+    types |= dict.fromkeys(("lengths", "active", "order", "starts"), "*i32")
+    types |= dict.fromkeys(("ids", "expert_ids", "place"), "*i64")
+    odd = frozenset(
+        {"batch", "experts", "routed", "k", "n_group", "topk_group", "heads", "pairs", "heads_each"}
+    )
+
+    def build(name: str, kernel: object, warps: int = 4, others: dict | None = None, **constants) -> Build:
+        if "OVERLAP" in kernel.arg_names:
+            constants["OVERLAP"] = 0
+        return Build(name, kernel, constants, types | (others or {}), warps, odd)
+
+    for batch in (1, 32, 128):
+        if batch <= step.FEW_TOKENS:
+            blocks = step.choose_product_blocks(batch, 3648, 2)
+            warps = blocks.pop("num_warps")
+            yield build(
+                f"linear, batch {batch}", step.linear_kernel, warps, RESIDUAL=True, EVEN=True, **blocks
+            )
+        up, down = experts.choose_expert_blocks(batch, 66, 2)
+        pairs = {"BY_PAIR": batch == 1, "PAIRS": 16, "SUMMANDS": 8, "K": 6, "EVEN": True}
+        order = {"order": "*i64", "starts": "*i64"} if batch == 1 else {}
+        for name, kernel, blocks in (
+            ("gate_up", experts.gate_up_kernel, up),
+            ("down", experts.down_kernel, down),
+        ):
+            warps = blocks.pop("num_warps")
+            out = order | ({"out": "*fp32"} if name == "down" else {})
+            yield build(f"{name}, batch {batch}", kernel, warps, out, **pairs, **blocks)
+    yield build("add_norm", step.add_norm_kernel, 8, COUNT=8, WIDTH=2048)
+    yield build("append", step.append_kernel, WIDTH=512, PAIRS=32)
+    shape = {"WIDTH": 2048, "EXPERTS": 64, "COLUMNS": 256, "NORMALISE": False}
+    for groups in (0, 8):
+        grouped = {"GROUPED": groups > 0, "GROUPS": max(groups, 1)}
+        yield build(f"norm_route, {groups} devices", experts.norm_route_kernel, 16, **shape, **grouped)
+    yield build("sort", experts.sort_kernel, QUERIES=16, CHUNK=128)
+    yield build("swiglu", prefill.swiglu_kernel, COLUMNS=1024)
+    yield build("rms_norm", prefill.rms_norm_kernel, WIDTH=2048)
+    yield build("rotate", prefill.rotate_kernel, HEADS=16, PAIRS=32)
+    yield build("add_up", prefill.add_up_kernel, 8, {"total": "*bf16"}, K=6, WIDTH=2048)
+
+
+def attention_builds(capability: int) -> Iterator[Build]:
+    """Attention for V2 in bf16, and the portable kernel in float32 too."""
     pointers = {name: "*bf16" for name in ("q_latent", "q_rope", "latent", "k_rope", "out")}
     pointers |= {"partial_out": "*fp32", "partial_lse": "*fp32", "lengths": "*i32", "block_table": "*i32"}
     odd = frozenset({"batch", "heads", "parts", "heads_each"})
@@ -73,7 +147,7 @@ def builds(capability: int) -> Iterator[Build]:
                 "WIDTH": 512,
                 "ROPE": 64,
                 "PAGED": paged,
-                "STAGES": 2 * blocks.stages - 1 if paged else blocks.stages,
+                "STAGES": blocks.stages_of(paged),
                 "EVEN": True,
                 "OVERLAP": 0,
             }

@@ -25,6 +25,6 @@ def test_kernels_compile_and_fit(capability):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) >= 5, found
+    assert len(found) >= 20, found
     for build in found:
-        assert 0 < build["shared"] <= SHARED_MEMORY[capability], build
+        assert 0 <= build["shared"] <= SHARED_MEMORY[capability], build

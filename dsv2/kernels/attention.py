@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dsv2.kernels import descriptors, hopper
-from dsv2.kernels.backend import begin, jit, kernel_problem, overlap, tl, triton
+from dsv2.kernels.backend import VERSION, begin, jit, kernel_problem, overlap, tl, triton
 from dsv2.kernels.schedule import LOG2_E, ceil_div, choose_parts, room_for, tiles_of_sequences
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -111,6 +111,13 @@ class TritonKernel:
     stages: int
     least_tiles: int = 2  # a part of one tile saves less than merging it costs
 
+    def stages_of(self, paged: bool) -> int:
+        """num_stages for the loop over tiles.
+
+        Through a page table a tile takes two reads in a row; from Triton 3.5 on both count as stages.
+        """
+        return 2 * self.stages - 1 if paged and VERSION >= (3, 5) else self.stages
+
     def launch_split(
         self, q_latent, q_rope, latent, k_rope, lengths, scale, block_table, out, *partial, parts
     ):
@@ -124,8 +131,7 @@ class TritonKernel:
             batch, heads, width, rope, latent.shape[1], scale * LOG2_E,
             SEQUENCES=room_for(batch), HEADS=self.heads, TILE=self.tile,
             WIDTH=_block(width), ROPE=_block(rope), PAGED=paged,
-            # A read through the table is two reads in a row, so that a tile is asked for twice as early.
-            STAGES=2 * self.stages - 1 if paged else self.stages,
+            STAGES=self.stages_of(paged),
             EVEN=_block(width) == width and _block(rope) == rope,
             num_warps=self.warps, **overlap(q_latent.device),
         )  # fmt: skip

@@ -39,12 +39,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv2.kernels.backend import triton
+from dsv2.kernels.backend import VERSION
 from dsv2.kernels.schedule import LOG2_E, ceil_div, room_for
 
 # Gluon is experimental and changes between versions; it is left alone in those that were not tried.
 OLDEST_TRITON, NEWEST_TRITON = (3, 6), (3, 9)
-VERSION = (0, 0) if triton is None else tuple(map(int, triton.__version__.split(".")[:2]))
 
 try:
     if not OLDEST_TRITON <= VERSION <= NEWEST_TRITON:
