@@ -173,6 +173,18 @@ def test_generate_and_stream_go_through_graphs():
     assert ids == expected
 
 
+def test_texts_written_side_by_side_do_not_share_a_cache():
+    model = make_model()
+    expected = [tokens_of(loop.decode_step_by_step, model, [prompt], 6)[0] for prompt in PROMPTS[:2]]
+    both = [loop.decode_with_graphs(model, [prompt], 6, GREEDY, None, None) for prompt in PROMPTS[:2]]
+    found = [[], []]
+    for steps in zip(*both):
+        for tokens, step in zip(found, steps):
+            tokens.append(step.tokens.tolist())
+    assert found == expected
+    assert tokens_of(loop.decode_with_graphs, model, PROMPTS[:1], 6)[0] == expected[0]
+
+
 def test_the_decoder_goes_with_its_model():
     model = make_model()
     tokens_of(decode, model)

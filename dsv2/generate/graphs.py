@@ -176,6 +176,7 @@ class Captured:
         self.cache = cache
         self.tokens = torch.zeros(cache.batch, dtype=torch.int64, device=device)
         self.active = torch.zeros(cache.batch, dtype=torch.int32, device=device)
+        self.busy = False
         self._step, self._graph = step, None
         if device.type == "cuda":
             self._capture()
@@ -232,6 +233,8 @@ class GraphDecoder:
         if cache is not None:
             return Captured(self._step, cache)
         rows = next(size for size in BATCHES if size >= batch)
+        if self._captured is not None and self._captured.busy:  # a text that is still being written
+            return Captured(self._step, self._step.new_cache(rows, max_tokens))
         if (
             self._captured is None
             or self._captured.cache.batch != rows

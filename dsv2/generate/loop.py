@@ -10,12 +10,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dsv2.attention import Cache, LatentCache
-from dsv2.generate.graphs import GraphDecoder, why_not
+from dsv2.generate.graphs import Captured, GraphDecoder, why_not
 from dsv2.generate.sampling import Sampling
 from dsv2.model import DeepSeekV2
 from dsv2.moe import Routing
 
-PREFILL_CHUNK = 1024  # tokens of a prompt that go through the model at once: bounds the memory of a long one
+# Tokens of all prompts that go through the model at once, which bounds the memory of long ones. A GPU needs
+# thousands to be busy.
+PREFILL_CHUNK = {"cpu": 1024, "cuda": 8192}
+LEAST_CHUNK = 256  # of each prompt, however many there are
 
 
 @dataclass
@@ -35,10 +38,15 @@ class DecodeStep:
 
 
 def prefill(
-    model: DeepSeekV2, prompts: Sequence[Sequence[int]], cache: Cache, chunk: int = PREFILL_CHUNK
+    model: DeepSeekV2, prompts: Sequence[Sequence[int]], cache: Cache, chunk: int | None = None
 ) -> tuple[Float[Tensor, "batch vocab"], list[Routing]]:
-    """Put prompts of different lengths into the cache; returns the logits after each one's last token."""
+    """Put prompts of different lengths into the cache; returns the logits after each one's last token.
+
+    chunk: tokens of each prompt at once; by default as many as PREFILL_CHUNK allows.
+    """
     device = model.embed.weight.device
+    if chunk is None:
+        chunk = max(PREFILL_CHUNK.get(device.type, 1024) // len(prompts), LEAST_CHUNK)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     longest = max(len(p) for p in prompts)
     tokens = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
@@ -124,11 +132,28 @@ def decode_with_graphs(
     While the caller has a token in hand, the GPU works on the next: the token never waits for Python. A
     sequence that the caller ends has then been fed one token too many, which is taken back.
     """
-    device = model.embed.weight.device
     batch, longest = len(prompts), max(len(p) for p in prompts)
     captured = GraphDecoder.of(model).prepare(batch, longest + max_new_tokens - 1, cache)
     if cache is None:
         cache = captured.cache.first(batch)
+    captured.busy = True  # a text that begins before this one has ended gets a cache of its own
+    try:
+        yield from replay(model, captured, cache, prompts, max_new_tokens, sampling, eos_id)
+    finally:
+        captured.busy = False
+
+
+def replay(
+    model: DeepSeekV2,
+    captured: Captured,
+    cache: LatentCache,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos_id: int | None,
+) -> Iterator[DecodeStep]:
+    """The loop of `decode_with_graphs`; `cache`: the prompts' part of the captured one."""
+    device, batch = model.embed.weight.device, len(prompts)
     generators = sampling.generators(batch, device)
     logits, routings = prefill(model, prompts, cache)
     lengths = cache.lengths.cpu().clone()  # as the caller has seen them grow
