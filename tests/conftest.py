@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import textwrap
@@ -15,6 +16,10 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Small tensors run no faster on more threads, and on a large machine much slower.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+
+# Triton decides at its first import whether it interprets kernels, and PyTorch imports it here and there.
+if importlib.util.find_spec("torch") and not importlib.import_module("torch").cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Triton reads a kernel's source text and its bare parameters, so a wrapped kernel does not compile; a wrong
 # type in a configuration is to meet the package's own message; a wrong answer to an exercise is to be judged.

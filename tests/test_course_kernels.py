@@ -66,7 +66,7 @@ def test_a_bug_in_a_kernel_is_named(tmp_path, number, right, wrong, name):
     file.write_text(stubs.parts(text)[stubs.TOP] + "\n\n\n" + kernel.replace(right, wrong), encoding="utf-8")
     exercise = EXERCISES[number]
     verdict = judge(exercise, run_file(file)[exercise.name], str(file))
-    assert (verdict.status, verdict.mistake) == ("failed", name)
+    assert (verdict.status, verdict.mistake) == ("failed", name), verdict
 
 
 @needs_triton

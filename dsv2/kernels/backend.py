@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from functools import cache
 
 import torch
@@ -17,8 +18,9 @@ COUNTS = {"batch", "heads", "heads_each", "parts", "page"}
 OLDEST_TRITON = (3, 3)
 OLDEST = (8, 0)  # compute capability: on Turing (7.5) Triton no longer reaches the tensor cores
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
+TOO_LATE = "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"
+if not torch.cuda.is_available() and not TOO_LATE:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, and at every kernel
 
 try:
     import triton
@@ -72,6 +74,8 @@ def how_kernels_run() -> str:
     """One sentence for the reader: compiled for a GPU, interpreted, or not at all."""
     if triton is None:
         return "Triton is not installed here (it has no wheels for macOS and Windows): kernels cannot run."
+    if TOO_LATE and not torch.cuda.is_available():
+        return "Triton was imported before dsv2, too early to interpret kernels: restart, import dsv2 first."
     if os.environ.get("TRITON_INTERPRET") == "1":
         return f"Triton {triton.__version__} interprets the kernels on the CPU: slow, and right."
     return f"Triton {triton.__version__} compiles the kernels for {torch.cuda.get_device_name()}."
