@@ -116,7 +116,8 @@ def norm_route_kernel(
     score = powers / tl.sum(powers, 0)
     tl.store(scores + b * experts + expert, score, mask=expert < experts)
 
-    open_ = tl.where(expert < experts, score, -1.0)
+    # NaN is unlike itself and larger than nothing: left in, a place beyond the last expert would be chosen.
+    open_ = tl.where(expert < experts, tl.where(score == score, score, 0.0), -1.0)
     if GROUPED:  # a device is as good as its best expert
         group = tl.arange(0, GROUPS)
         mine = expert // (experts // n_group)
@@ -156,9 +157,9 @@ def experts_few(
 ) -> Tensor:
     """g_k FFN_k(x) of every chosen expert, then FFN of every shared one: (B, K + S, D) float32, not added up.
 
-    x: (B, D), normalised; expert_ids, weights: (B, K). w_gate_up: (E, 2 I, D), gate rows first; w_down: (E,
-    D, I). shared_gate_up: (2 S I, D), all gate rows first; shared_down: (D, S I). `add_norm` adds the
-    summands, always in this order, so that no result depends on chance.
+    x: (B, D), normalised; expert_ids, each from 0 to E - 1, and weights: (B, K). w_gate_up: (E, 2 I, D), gate
+    rows first; w_down: (E, D, I). shared_gate_up: (2 S I, D), all gate rows first; shared_down: (D, S I).
+    `add_norm` adds the summands, always in this order, so that no result depends on chance.
     """
     if not uses_kernels(x):
         return experts_reference(x, expert_ids, weights, w_gate_up, w_down, shared_gate_up, shared_down)
@@ -354,7 +355,7 @@ def pairs_at(
 def sort_pairs(expert_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """The pairs ordered by expert, and where each expert's begin: (B K,) and (E + 1,), int32.
 
-    Expert e's are order[starts[e] : starts[e + 1]], tokens in their own order; an id of -1 is no expert's.
+    Expert e's are order[starts[e] : starts[e + 1]], tokens in their own order.
     """
     pairs = expert_ids.numel()
     order = torch.empty(pairs, dtype=torch.int32, device=expert_ids.device)
