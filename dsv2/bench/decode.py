@@ -217,6 +217,17 @@ def peer(name: str):
         raise Skip(f"not importable: {error}") from None
 
 
+def peer_versions() -> dict[str, str]:
+    """The versions of the peers that can be imported here, as they name them."""
+    found = {}
+    for name in ("flash_mla", "sglang"):
+        try:
+            found[name] = str(getattr(importlib.import_module(name), "__version__", "unknown"))
+        except ImportError:
+            continue
+    return found
+
+
 CONTENDERS: dict[str, Callable[[Problem], list[Call]]] = {
     "dsv2": ours,
     "dsv2, plain Triton": plain_triton,
@@ -311,6 +322,7 @@ def run(quick: bool) -> dict:
     return {
         "benchmark": "decode",
         **provenance(*(["triton"] if cuda else [])),
+        "peers": peer_versions(),
         "dtype": str(dtype).removeprefix("torch."),
         "bandwidth": bandwidth,
         "product_rate": rate,
