@@ -1,15 +1,16 @@
 """Chapter 05: attention over the cached latents in one pass, and its kernels in Triton.
 
-Six exercises: one tile more in an online softmax, merging the results of several programs, sharing tiles out
-over programs, the streaming loop as a Triton kernel over a paged cache, a split kernel that has a bug, and
-the least time that a kernel can take.
+Six exercises, in the order of the notebook: one tile more in an online softmax, the streaming loop as a
+Triton kernel over a paged cache, what blocks of heads cost, sharing tiles out over programs, a split kernel
+that has a bug, and merging what several programs found.
 
     python3 course.py check 05        all of this chapter
     python3 course.py check 05.1      one exercise
     python3 course.py hint 05.1       a hint; again, for a plainer one
 
-05.1, 05.2, 05.3 and 05.6 are plain Python and PyTorch. 05.4 and 05.5 need Triton, which has no wheels for
-macOS and Windows; without a GPU its interpreter runs the kernels on the CPU.
+05.1, 05.3, 05.4 and 05.6 are plain Python and PyTorch. 05.2 and 05.5 need Triton, which has no wheels for
+macOS and Windows; without a GPU its interpreter runs the kernels on the CPU. The functions of the notebook
+are not known here: copy of them what you need.
 """
 
 from __future__ import annotations
@@ -57,56 +58,9 @@ def online_softmax_step(
     raise NotImplementedError("exercise 05.1: write this, then run: python3 course.py check 05.1")
 
 
-# exercise 05.2: merging what several programs found (difficulty 2 of 3, about 15 minutes)
+# exercise 05.2: a kernel that streams pages (difficulty 3 of 3, about 40 minutes)
 # check: python3 course.py check 05.2     in a notebook: check("05.2")
 # hint:  python3 course.py hint 05.2      in a notebook: hint("05.2")
-def merge_parts(
-    out: Float[Tensor, "parts heads latent"], lse: Float[Tensor, "parts heads"]
-) -> Float[Tensor, "heads latent"]:
-    """Attention over a whole sequence from the results of programs that each read a part of its tokens.
-
-        w_i = 2^(lse_i - M),  M = max_i lse_i,        result = sum_i w_i out_i / sum_i w_i
-
-    for every head, i over the parts. out[i] is part i's finished result: its weights add up to 1. lse[i] is
-    log2 of the sum of its weights before that, log2(sum_j 2^(s_j)) with scores in powers of 2. A part
-    without a token has lse = -inf, and its `out` was never written: it may hold anything, even NaN. A head
-    all of whose parts are empty gets zeros.
-
-    One head, two parts with results 4 and 8. The second one's tokens weigh three times as much.
-
-    >>> lse = torch.tensor([[1.0], [3.0]]).log2()
-    >>> merge_parts(torch.tensor([[[4.0]], [[8.0]]]), lse).round(decimals=3)
-    tensor([[7.]])
-    """
-    raise NotImplementedError("exercise 05.2: write this, then run: python3 course.py check 05.2")
-
-
-# exercise 05.3: who reads which tokens (difficulty 3 of 3, about 30 minutes)
-# check: python3 course.py check 05.3     in a notebook: check("05.3")
-# hint:  python3 course.py hint 05.3      in a notebook: hint("05.3")
-def share_tiles(lengths: list[int], tile: int, parts: int) -> list[tuple[int, int, int, int]]:
-    """Which program reads which tokens: an even share of the tiles for each, whatever the lengths.
-
-    Each sequence is cut into tiles of `tile` neighbouring tokens; its last one may be shorter. The tiles of
-    all sequences, in order, make one list of
-
-        T = sum_b ceil(lengths[b] / tile)        tiles, and n = ceil(T / parts) of them make a share.
-
-    Program p reads tiles p n to (p + 1) n - 1 of the list, as far as there are any. Returns one (program,
-    sequence, start, stop) for each stretch of a sequence that one program reads, tokens start to stop - 1,
-    ordered by sequence and start. A sequence of length 0 has no tile.
-
-    Lengths 100 and 40 in tiles of 32 are 4 + 2 tiles; 2 programs take 3 each.
-
-    >>> share_tiles([100, 40], tile=32, parts=2)
-    [(0, 0, 0, 96), (1, 0, 96, 100), (1, 1, 0, 40)]
-    """
-    raise NotImplementedError("exercise 05.3: write this, then run: python3 course.py check 05.3")
-
-
-# exercise 05.4: a kernel that streams pages (difficulty 3 of 3, about 40 minutes)
-# check: python3 course.py check 05.4     in a notebook: check("05.4")
-# hint:  python3 course.py hint 05.4      in a notebook: hint("05.4")
 @triton.jit
 def paged_kernel(
     q_latent, q_rope, latent, k_rope, table, out, heads, tokens, scale_log2,
@@ -121,7 +75,7 @@ def paged_kernel(
     largest = tl.full((HEADS,), -float("inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
     mixture = tl.zeros((HEADS, WIDTH), tl.float32)
-    raise NotImplementedError("exercise 05.4: write this, then run: python3 course.py check 05.4")
+    raise NotImplementedError("exercise 05.2: write this, then run: python3 course.py check 05.2")
     tl.store(out + head[:, None] * WIDTH + column, mixture / total[:, None], mask=is_head)
 
 
@@ -138,9 +92,10 @@ def paged_attention(
 
         a_j = Softmax_j(scale (q_latent . c_j + q_rope . k_rope_j)),    result = sum_j a_j c_j,    j < tokens
 
-    The cache is a pool of pages that many sequences share. Token t of this one is in slot t % page of page
-    table[t // page]; slots of its last page beyond `tokens`, and other pages, hold other texts or NaN. One
-    program does everything: queries stay, pages come one after the other, and each page is loaded once.
+    The cache is a pool of pages that many sequences share. A table says which pages are this sequence's, and
+    in which order: its token t is in slot t % page of page table[t // page]. Slots of its last page beyond
+    `tokens`, and other pages, hold other texts or NaN. One program does everything: queries stay, pages come
+    one after the other, and each page is loaded once.
 
     Sizes: page, latent and rope are powers of 2 and at least 16, which products in Triton need; up to 16
     heads. All is float32; write tl.dot(a, b, input_precision="ieee"), or a GPU rounds the factors. Powers of
@@ -161,8 +116,68 @@ def paged_attention(
     out = torch.full_like(q_latent, math.nan)  # what the kernel does not write shows
     heads, width = q_latent.shape
     page, rope = k_rope.shape[1:]
-    raise NotImplementedError("exercise 05.4: write this, then run: python3 course.py check 05.4")
+    raise NotImplementedError("exercise 05.2: write this, then run: python3 course.py check 05.2")
     return out
+
+
+# exercise 05.3: what smaller blocks cost (difficulty 1 of 3, about 15 minutes)
+# check: python3 course.py check 05.3     in a notebook: check("05.3")
+# hint:  python3 course.py hint 05.3      in a notebook: hint("05.3")
+def roofline_time(
+    batch: int,
+    tokens: int,
+    heads: int,
+    heads_per_program: int,
+    *,
+    latent: int,
+    rope: int,
+    bandwidth: float,
+    flops: float,
+) -> tuple[int, float]:
+    """Bytes of the cache that the programs of a decode kernel ask for, and their time by the roofline.
+
+        bytes = blocks * batch * tokens * (latent + rope) * 2
+        time = max(bytes / bandwidth, FLOPs / flops)
+
+    One new token for each of `batch` sequences, which have `tokens` cached tokens each, in numbers of 2
+    bytes. A program holds heads_per_program query heads; as many blocks of heads as that makes read the
+    cache, each for itself, and each token's latent serves as key and as value. FLOPs: for each head and
+    cached token a product of latent + rope numbers for the score and `latent` for the mixture, 2 FLOPs for
+    a multiply-add. A block that is not full does the work of a full one. Every byte is taken to come from
+    the large memory; what a GPU's cache (the L2) saves of that is not counted. Queries, results and partial
+    results are small and left out. bandwidth: bytes/s, flops: FLOP/s. Returns (bytes, seconds).
+
+    2 sequences of 10 tokens, 3 heads, 2 a program: 2 blocks read 2 * 10 * (4 + 1) numbers. They do the work
+    of 4 heads: 4 * 20 * 9 multiply-adds.
+
+    >>> roofline_time(2, 10, 3, 2, latent=4, rope=1, bandwidth=100.0, flops=1000.0)
+    (400, 4.0)
+    """
+    raise NotImplementedError("exercise 05.3: write this, then run: python3 course.py check 05.3")
+
+
+# exercise 05.4: who reads which tokens (difficulty 3 of 3, about 30 minutes)
+# check: python3 course.py check 05.4     in a notebook: check("05.4")
+# hint:  python3 course.py hint 05.4      in a notebook: hint("05.4")
+def share_tiles(lengths: list[int], tile: int, parts: int) -> list[tuple[int, int, int, int]]:
+    """Which program reads which tokens: an even share of the tiles for each, whatever the lengths.
+
+    Each sequence is cut into tiles of `tile` neighbouring tokens; its last one may be shorter. The tiles of
+    all sequences, in order, make one list of
+
+        T = sum_b ceil(lengths[b] / tile)        tiles, and n = ceil(T / parts) of them make a share.
+
+    Program p reads tiles p n to (p + 1) n - 1 of the list, as far as there are any. Returns one (program,
+    sequence, start, stop) for each stretch of a sequence that one program reads, tokens start to stop - 1,
+    ordered by sequence and start: neighbouring tiles of one sequence are one stretch. A sequence of length
+    0 has no tile.
+
+    Lengths 100 and 40 in tiles of 32 are 4 + 2 tiles; 2 programs take 3 each.
+
+    >>> share_tiles([100, 40], tile=32, parts=2)
+    [(0, 0, 0, 96), (1, 0, 96, 100), (1, 1, 0, 40)]
+    """
+    raise NotImplementedError("exercise 05.4: write this, then run: python3 course.py check 05.4")
 
 
 # exercise 05.5: a part that counts too much (a bug hunt, difficulty 2 of 3, about 20 minutes)
@@ -212,7 +227,7 @@ def part_results(
     scale: float,
     parts: int,
 ) -> tuple[Float[Tensor, "parts heads latent"], Float[Tensor, "parts heads"]]:
-    """What each of `parts` programs finds in its part of one sequence: the input of exercise 05.2.
+    """What each of `parts` programs finds in its part of one sequence: the input of exercise 05.6.
 
         out[p] = sum_j a_j c_j,   a_j = Softmax_j(s_j ln 2),   lse[p] = log2(sum_j 2^(s_j)),   j in part p
 
@@ -232,38 +247,27 @@ def part_results(
     return out, lse
 
 
-# exercise 05.6: the least time it can take (difficulty 1 of 3, about 15 minutes)
+# exercise 05.6: merging what several programs found (difficulty 2 of 3, about 15 minutes)
 # check: python3 course.py check 05.6     in a notebook: check("05.6")
 # hint:  python3 course.py hint 05.6      in a notebook: hint("05.6")
-def least_time(
-    batch: int,
-    tokens: int,
-    heads: int,
-    heads_per_program: int,
-    *,
-    latent: int,
-    rope: int,
-    bandwidth: float,
-    flops: float,
-) -> tuple[int, float]:
-    """Bytes of the cache that the programs of a decode kernel ask for, and the least time they can take.
+def merge_parts(
+    out: Float[Tensor, "parts heads latent"], lse: Float[Tensor, "parts heads"]
+) -> Float[Tensor, "heads latent"]:
+    """Attention over a whole sequence from the results of programs that each read a part of its tokens.
 
-        bytes = blocks * batch * tokens * (latent + rope) * 2
-        time = max(bytes / bandwidth, FLOPs / flops)
+        w_i = 2^(lse_i - M),  M = max_i lse_i,        result = sum_i w_i out_i / sum_i w_i
 
-    One new token for each of `batch` sequences, which have `tokens` cached tokens each, in numbers of 2
-    bytes. A program holds heads_per_program query heads; as many blocks of heads as that makes read the
-    cache, each for itself, and each token's latent serves as key and as value. FLOPs: for each head and
-    cached token a product of latent + rope numbers for the score and `latent` for the mixture, 2 FLOPs for
-    a multiply-add. A block that is not full does the work of a full one. Queries, results and partial
-    results are small and left out. bandwidth: bytes/s, flops: FLOP/s. Returns (bytes, seconds).
+    for every head, i over the parts. out[i] is part i's finished result: its weights add up to 1. lse[i],
+    "log-sum-exp", is log2 of the sum of its weights before that, log2(sum_j 2^(s_j)) with scores in powers
+    of 2; the M that is taken off is the head's own. A part without a token has lse = -inf, and its `out` may
+    hold anything, even NaN: nobody need have written it. A head all of whose parts are empty gets zeros.
 
-    2 sequences of 10 tokens, 3 heads, 2 a program: 2 blocks read 2 * 10 * (4 + 1) numbers. They do the work
-    of 4 heads: 4 * 20 * 9 multiply-adds.
+    One head, two parts with results 4 and 8. The second one's tokens weigh three times as much.
 
-    >>> least_time(2, 10, 3, 2, latent=4, rope=1, bandwidth=100.0, flops=1000.0)
-    (400, 4.0)
+    >>> lse = torch.tensor([[1.0], [3.0]]).log2()
+    >>> merge_parts(torch.tensor([[[4.0]], [[8.0]]]), lse).round(decimals=3)
+    tensor([[7.]])
     """
     raise NotImplementedError("exercise 05.6: write this, then run: python3 course.py check 05.6")
 
-# stub a34f31: file bef0cc, 05.1 7789c8, 05.2 30a61b, 05.3 8b42de, 05.4 70dbc5, 05.5 4d38c4, 05.6 22a06d
+# stub 2ef1ba: file bb67e2, 05.1 7789c8, 05.2 d8e8dc, 05.3 09cd72, 05.4 def9c6, 05.5 398cd5, 05.6 150949

@@ -92,7 +92,11 @@ def _one_process(numbers: list[str], folders: Folders, seconds: float) -> Iterat
                     ("stopped", f"it was still running after {seconds:g} s: a loop without an end?")
                 ]
             else:
-                verdict.found = [("ended", f"your code ended the process: {worker.how_it_ended()}")]
+                ended = worker.how_it_ended()
+                verdict.found = [("ended", f"your code ended the process: {ended}")]
+                if "SIGSEGV" in ended:
+                    often = "in a kernel, a pointer that is outside of its tensor: look at offsets and masks"
+                    verdict.found.append(("often", often))
             verdict.printed = worker.printed()
             yield verdict
             return [number for number in left if number != current]
