@@ -7,6 +7,7 @@ import pytest
 from test_viz import outside, overlaps, texts_of
 
 from dsv2.config import DSV2Config
+from dsv2.course.folders import ROOT
 from dsv2.kernels.schedule import Piece, pieces
 from dsv2.viz import (
     describe,
@@ -31,6 +32,7 @@ from dsv2.viz.decode import (
     true_weights,
     whole_sequences,
 )
+from dsv2.viz.decode_results import decode_results_figure, share_of_limit_figure
 from dsv2.viz.style import SMALL
 
 FULL, LITE = DSV2Config.preset("full"), DSV2Config.preset("lite")
@@ -59,7 +61,8 @@ def figures() -> list:
         ([32768] * 128, 64, 2, 132),
     ):
         shown.append(schedule_figure(lengths, 64, parts, blocks, multiprocessors))
-    return shown
+    stored = ROOT / "data" / "benchmarks" / "decode_h100.json"
+    return [*shown, decode_results_figure(stored), share_of_limit_figure(stored)]
 
 
 @pytest.mark.parametrize("figure", figures(), ids=lambda figure: describe(figure)[:50])
@@ -235,10 +238,10 @@ def test_schedule_figure_draws_every_run():
 def test_a_split_helps_where_texts_are_few(schedule):
     schedule.reset()
     said = describe(schedule.set(batch=1, lengths="equal", longest=8192))
-    assert "one program a sequence: done at 129 tile times" in said
-    assert "64 parts: done at 7 tile times" in said  # 2 tiles, a piece, merging
+    assert "not split: done after 129 tiles' time" in said
+    assert "64 parts: done after 7 tiles' time" in said  # 2 tiles, a piece, merging
     said = describe(schedule.set(batch=128, longest=4096))
-    assert said.count("done at 130 tile times") == 2  # two texts each, either way
+    assert said.count("done after 130 tiles' time") == 2  # two texts each, either way
     schedule.reset()
 
 

@@ -21,7 +21,7 @@ from dsv2.kernels.schedule import Piece, ceil_div, choose_parts, pieces
 from dsv2.viz import style
 from dsv2.viz.cache import tokens_text
 from dsv2.viz.plots import human_bytes
-from dsv2.viz.style import BASE, INK, LINE, SMALL, finish, label, new_axes, new_figure
+from dsv2.viz.style import BASE, INK, LINE, SMALL, finish, label, new_axes, new_figure, on
 from dsv2.viz.widgets import Explorer
 
 # ------------------------------------------------------------------------------------------- online softmax
@@ -275,14 +275,18 @@ def traffic_bars(
     ax = new_axes(ax, 10.4, 1.5 + 0.72 * len(ways), grid="x", left=3.15, right=1.35, bottom=0.8, top=0.65)
     kinds = {"cache": style.CACHED, "scores": style.VERMILLION, "partial": style.ORANGE}
     names = {"cache": "cache", "scores": "scores and weights", "partial": "partial results"}
+    largest = max(way.total for way in ways) / 1e6
     for row, way in enumerate(ways):
         start = 0.0
         for kind, colour in kinds.items():
             size = getattr(way, kind) / 1e6
             ax.barh(row, size, left=start, height=0.62, color=colour, label=names[kind] if row == 0 else None)
+            if size > 0.05 * largest:  # wide enough for its number
+                where = (start + size / 2, row)
+                ax.text(*where, f"{size:,.0f}", ha="center", va="center", fontsize=SMALL, color=on(colour))
             start += size
         ax.annotate(
-            human_bytes(way.total),
+            f"{start:,.0f} MB",
             (start, row),
             xytext=(8, 0),
             textcoords="offset points",
@@ -302,8 +306,11 @@ def traffic_bars(
         text.set_color(INK)
     label(ax, "asked for and written in one layer and step (MB)")
     said = "; ".join(
-        f"{way.name}: {human_bytes(way.total)} ({human_bytes(way.cache)} cache, {human_bytes(way.scores)} "
-        f"scores, {human_bytes(way.partial)} partial results)"
+        f"{way.name}: {human_bytes(way.total)} ("
+        + ", ".join(
+            f"{human_bytes(getattr(way, kind))} {names[kind]}" for kind in kinds if getattr(way, kind)
+        )
+        + ")"
         for way in ways
     )
     return finish(
@@ -421,10 +428,10 @@ def batch_lengths(kind: str, batch: int, longest: int) -> list[int]:
 def schedule_figure(
     lengths: Sequence[int], tile: int, parts: int, head_blocks: int, multiprocessors: int
 ) -> Figure:
-    """A Gantt chart: one program for each sequence and block of heads above, even shares of tiles below."""
+    """A Gantt chart. Above: one program for each sequence and block of heads; below: even shares of tiles."""
     plans = {
-        "one program a sequence": timeline(whole_sequences(lengths), tile, head_blocks, multiprocessors),
-        f"{parts} parts": timeline(pieces(lengths, tile, parts), tile, head_blocks, multiprocessors),
+        "not split": timeline(whole_sequences(lengths), tile, head_blocks, multiprocessors),
+        _count(parts, "part"): timeline(pieces(lengths, tile, parts), tile, head_blocks, multiprocessors),
     }
     longest = max(max(plan.end for plan in plans.values()), 1.0)
     figure = new_figure(10.4, 6.2)
@@ -438,20 +445,28 @@ def schedule_figure(
             box = (plan.split_end, 0), (plan.split_end, multiprocessors)
             box += (plan.end, multiprocessors), (plan.end, 0)
             ax.add_collection(PolyCollection([box], facecolors=INK, gid="combine"))
-        ax.axvline(plan.end, color=INK, linewidth=2.0)
+        ax.axvline(plan.end, color=style.GREY, linewidth=2.0, linestyle=(0, (3, 2)))
         ax.set_xlim(0, 1.02 * longest)
         ax.set_ylim(multiprocessors, 0)
-        ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        if multiprocessors <= 8:  # rows that can be told apart: each with its number at its middle
+            ax.set_yticks([row + 0.5 for row in range(multiprocessors)], map(str, range(multiprocessors)))
+        else:
+            ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        label(ax, title=f"{name}: done at {plan.end:,.0f}, {100 * plan.busy:.0f} % busy")
-        said.append(f"{name}: done at {plan.end:,.0f} tile times, {100 * plan.busy:.0f} % busy")
-    label(panels[1], x="time (in tiles; pale: idle, black: merging)")
+        label(ax, title=f"{name}: done after {plan.end:,.0f} tiles' time, {100 * plan.busy:.0f} % busy")
+        said.append(f"{name}: done after {plan.end:,.0f} tiles' time, {100 * plan.busy:.0f} % busy")
+    label(panels[1], x="time (in tiles; pale: idle, black: merging, dashed: done)")
     figure.supylabel("multiprocessor", fontsize=BASE, color=INK, x=0.012)
     return finish(
         figure,
-        f"{len(lengths)} texts, {sum(lengths):,} cached tokens, {head_blocks} blocks of heads on "
-        f"{multiprocessors} multiprocessors. " + "; ".join(said) + ".",
+        f"{_count(len(lengths), 'text')}, {sum(lengths):,} cached tokens, {_count(head_blocks, 'block')} of "
+        f"heads on {multiprocessors} multiprocessors. " + "; ".join(said) + ".",
     )
+
+
+def _count(number: int, thing: str) -> str:
+    """1 tile, 1,200 tiles."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
 def _draw_runs(ax: Axes, plan: Timeline) -> None:
@@ -480,12 +495,12 @@ def schedule_caption(
     work = pieces(lengths, tile, parts)
     tiles = sum(ceil_div(length, tile) for length in lengths)
     share = ceil_div(tiles, parts)
-    split = [piece for piece in work if piece.stop - piece.start < lengths[piece.sequence]]
+    partial = sum(piece.stop - piece.start < lengths[piece.sequence] for piece in work) * head_blocks
     programs = len({piece.program for piece in work}) * head_blocks
     sentence = (
-        f"{len(lengths)} texts, {sum(lengths):,} cached tokens: {tiles:,} tiles of {tile}. {parts} parts of "
-        f"at most {share} tiles, for {head_blocks} block{'s' * (head_blocks != 1)} of heads: {programs} "
-        f"programs, {len(split) * head_blocks} partial results to merge."
+        f"{_count(len(lengths), 'text')}, {sum(lengths):,} cached tokens: {_count(tiles, 'tile')} of {tile}. "
+        f"{_count(parts, 'part')} of at most {_count(share, 'tile')}, for {_count(head_blocks, 'block')} of "
+        f"heads: {_count(programs, 'program')}, {_count(partial, 'partial result')} to merge."
     )
     return f'<div style="font-size:15px">{html.escape(sentence)}</div>'
 

@@ -56,7 +56,7 @@ def source(report: Mapping[str, Any]) -> str:
 
 
 def decode_results_figure(report: Report) -> Figure:
-    """Time against cached tokens, one panel for each number of heads, and the limit as a line.
+    """Time against cached tokens, one panel below the other for each number of heads; the limit as a line.
 
     report: what `python -m dsv2.bench decode` wrote on a GPU. Raises ValueError if it holds no sweep.
     """
@@ -65,9 +65,9 @@ def decode_results_figure(report: Report) -> Figure:
     if not rows:
         raise ValueError("the report has no sweep; run `python -m dsv2.bench decode` on a GPU")
     counts = sorted({row["heads"] for row in rows}, reverse=True)
-    figure = new_figure(8.2 * len(counts), 5.6)
-    panels = figure.subplots(1, len(counts), squeeze=False)[0]
-    style.margins(figure, left=1.0, right=2.9, bottom=1.15, top=0.75, wspace=0.8)
+    figure = new_figure(10.4, 0.6 + 4.5 * len(counts))
+    panels = figure.subplots(len(counts), 1, squeeze=False)[:, 0]
+    style.margins(figure, left=1.0, right=2.9, bottom=1.15, top=0.65, hspace=0.42)
     said = []
     for panel, heads in zip(panels, counts):
         here = [row for row in rows if row["heads"] == heads]
@@ -78,6 +78,7 @@ def decode_results_figure(report: Report) -> Figure:
         last = max(row["slots"] for row in here)
         ends = ", ".join(f"{r['contender']} {r['us']:,.0f}" for r in here if r["slots"] == last)
         said.append(f"{heads} heads at {last:,} tokens, µs: {ends}")
+    figure.align_ylabels(panels)
     figure.text(0.01, 0.02, source(report), fontsize=SMALL, color=GREY, parse_math=False)
     return finish(figure, f"Time against cached tokens. {'; '.join(said)}.")
 
@@ -125,9 +126,9 @@ def share_of_limit_figure(report: Report) -> Figure:
     if not rows:
         raise ValueError("the report has no shares of the limit; run `python -m dsv2.bench decode` on a GPU")
     shapes = list(dict.fromkeys((row["heads"], row["batch"], row["slots"]) for row in rows))
-    figure = new_figure(12.5, 1.6 + 0.48 * len(shapes))
+    figure = new_figure(10.4, 1.6 + 0.44 * len(shapes))
     axes = style.style_axes(figure.add_subplot(), "x")
-    style.margins(figure, left=3.8, right=0.5, bottom=1.15, top=0.95)
+    style.margins(figure, left=3.0, right=0.3, bottom=1.15, top=0.95)
     for name, colour in COLOURS.items():
         points = [
             (100 * row["share"], shapes.index((row["heads"], row["batch"], row["slots"])))
@@ -137,13 +138,14 @@ def share_of_limit_figure(report: Report) -> Figure:
         if points:
             front = 4 if name == "dsv2" else 3
             axes.scatter(*zip(*points), s=110, color=colour, marker=MARKERS[name], zorder=front, label=name)
-    names = [f"{heads} heads, {batch} x {slots:,}" for heads, batch, slots in shapes]
+    names = [f"{heads} heads, {batch} x {slots:,} tokens" for heads, batch, slots in shapes]
     ours = {(r["heads"], r["batch"], r["slots"]): r["share"] for r in rows if r["contender"] == "dsv2"}
     axes.set_yticks(range(len(shapes)), names, fontsize=SMALL)
     axes.set_ylim(len(shapes) - 0.4, -0.6)
-    axes.set_xlim(0, 105)
-    label(axes, "share of the limit (%)", "heads, texts x cached tokens")
-    place = {"loc": "lower left", "bbox_to_anchor": (-0.3, 1.0), "ncols": 3}
+    axes.set_xlim(0, max(105.0, *(105 * row["share"] for row in rows if row["contender"] in COLOURS)))
+    axes.axvline(100, color=INK, linewidth=2.0, zorder=0.5)
+    label(axes, "share of the limit (%)")
+    place = {"loc": "lower left", "bbox_to_anchor": (-0.36, 1.0), "ncols": 3}
     axes.legend(**place, frameon=False, fontsize=SMALL, handletextpad=0.2)
     figure.text(0.01, 0.02, source(report), fontsize=SMALL, color=GREY, parse_math=False)
     best = "; ".join(f"{name}: {100 * ours[shape]:.0f} %" for name, shape in zip(names, shapes))
