@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,9 @@ def test_a_wrong_result_is_not_reported(monkeypatch, capsys):
 
 def test_what_counts_as_a_peers_absence_and_what_does_not(monkeypatch):
     problem = bench.Problem(2, [64, 64], 64, "cpu", torch.float32)
-    for name in ("FlashMLA", "SGLang, Triton"):
+    for name in ("flash_mla", "flashinfer", "flash_attn_interface", "sglang", "vllm"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("FlashMLA", "FlashInfer", "FlashAttention 3", "SGLang, Triton", "vLLM, Triton"):
         with pytest.raises(bench.Skip, match="not importable"):
             bench.CONTENDERS[name](problem)
     assert bench.relative_error(torch.full((2, 2, 512), torch.nan), problem.exact()) == float("inf")
