@@ -88,10 +88,11 @@ def step_builds() -> Iterator[Build]:
     )
     types = dict.fromkeys(half, "*bf16") | dict.fromkeys(("eps", "length", "scaling"), "fp32")
     types |= dict.fromkeys(("summands", "weights", "scores", "cos", "sin", "angles"), "*fp32")
-    types |= dict.fromkeys(("lengths", "active", "order", "starts"), "*i32")
+    types |= dict.fromkeys(("lengths", "active", "order", "starts", "arrivals"), "*i32")
     types |= dict.fromkeys(("ids", "expert_ids", "place"), "*i64")
     odd = frozenset(
-        {"batch", "experts", "routed", "k", "n_group", "topk_group", "heads", "pairs", "heads_each"}
+        {"batch", "experts", "routed", "k", "n_group", "topk_group", "heads", "pairs"}
+        | {"heads_each", "experts_each"}
     )
 
     def build(name: str, kernel: object, warps: int = 4, others: dict | None = None, **constants) -> Build:
@@ -118,10 +119,13 @@ def step_builds() -> Iterator[Build]:
             yield build(f"{name}, batch {batch}", kernel, warps, out, **pairs, **blocks)
     yield build("add_norm", step.add_norm_kernel, 8, COUNT=8, WIDTH=2048)
     yield build("append", step.append_kernel, WIDTH=512, PAIRS=32)
-    shape = {"WIDTH": 2048, "EXPERTS": 64, "COLUMNS": 256, "NORMALISE": False}
-    for groups in (0, 8):
-        grouped = {"GROUPED": groups > 0, "GROUPS": max(groups, 1)}
-        yield build(f"norm_route, {groups} devices", experts.norm_route_kernel, 16, **shape, **grouped)
+    for count, width, groups in ((64, 2048, 0), (160, 5120, 8)):
+        route = experts.choose_route_blocks(1, count, width)
+        del route["experts_each"]
+        warps = route.pop("num_warps")
+        route |= {"GROUPED": groups > 0, "GROUPS": max(groups, 1), "NORMALISE": False}
+        route["EXPERTS"] = triton.next_power_of_2(count)
+        yield build(f"norm_route, {count} experts", experts.norm_route_kernel, warps, **route)
     yield build("sort", experts.sort_kernel, QUERIES=16, CHUNK=128)
     yield build("swiglu", prefill.swiglu_kernel, COLUMNS=1024)
     yield build("rms_norm", prefill.rms_norm_kernel, WIDTH=2048)
@@ -165,7 +169,8 @@ def attention_builds(capability: int) -> Iterator[Build]:
         return
     for heads in (16, 128):
         kernel = descriptors.DescriptorKernel.for_heads(heads)
-        constants = {"SEQUENCES": 128, "HEADS": kernel.heads, "TILE": kernel.tile, "TAIL": 16, "HALF": 256}
+        constants = {"SEQUENCES": 128, "HEADS": kernel.heads, "TILE": kernel.tile}
+        constants |= {"TAIL": kernel.tail, "HALF": 256}
         constants |= {"ROPE": 64, "PAGED": False, "STAGES": kernel.stages, "OVERLAP": 0}
         tiles = {
             "latent_tiles": f"tensordesc<bf16[1, {kernel.tile}, 256]>",

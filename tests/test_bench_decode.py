@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.text import Text
 
 from dsv2.bench import decode as bench
 from dsv2.bench import generate as whole
 from dsv2.bench.__main__ import main
 from dsv2.viz import describe
 from dsv2.viz.__main__ import main as draw
-from dsv2.viz.decode_results import decode_results_figure, generate_results_figure, share_of_limit_figure
+from dsv2.viz.decode_results import (
+    COLOURS,
+    MARKERS,
+    apart,
+    decode_results_figure,
+    generate_results_figure,
+    share_of_limit_figure,
+)
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "data" / "benchmarks"
 ON_GPU = torch.cuda.is_available()
@@ -42,7 +51,9 @@ def test_a_wrong_result_is_not_reported(monkeypatch, capsys):
 
 def test_what_counts_as_a_peers_absence_and_what_does_not(monkeypatch):
     problem = bench.Problem(2, [64, 64], 64, "cpu", torch.float32)
-    for name in ("FlashMLA", "SGLang, Triton"):
+    for name in ("flash_mla", "flashinfer", "flash_attn_interface", "sglang", "vllm"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("FlashMLA", "FlashInfer", "FlashAttention 3", "SGLang, Triton", "vLLM, Triton"):
         with pytest.raises(bench.Skip, match="not importable"):
             bench.CONTENDERS[name](problem)
     assert bench.relative_error(torch.full((2, 2, 512), torch.nan), problem.exact()) == float("inf")
@@ -128,6 +139,35 @@ def test_figures_say_what_they_show_and_what_is_missing():
             figure({**report, "results": []})
     speeds = json.loads((BENCHMARKS / "generate_h100.json").read_text())
     assert "prefill" in describe(generate_results_figure(speeds))
+
+
+def test_every_contender_has_a_colour_and_a_marker_of_its_own():
+    drawn = set(bench.CONTENDERS) - {"PyTorch SDPA, expanded"}
+    assert set(COLOURS) == set(MARKERS) == drawn
+    assert len(set(COLOURS.values())) == len(set(MARKERS.values())) == len(drawn)
+
+
+def test_names_that_would_touch_move_apart_as_little_as_possible():
+    assert apart([10, 20, 40], 5, 0, 100) == [10, 20, 40]
+    assert apart([10, 10, 10], 4, 0, 100) == [6, 10, 14]
+    assert apart([10, 10, 10], 4, 0, 12) == [4, 8, 12]
+    assert apart([1, 2, 30], 4, 0, 100) == [0, 4, 30]
+    assert apart([30, 31, 35, 90], 4, 0, 100) == [28, 32, 36, 90]
+
+
+def test_many_contenders_lines_all_have_a_name_inside_the_figure():
+    report = json.loads((BENCHMARKS / "decode_h100.json").read_text())
+    like = [row for row in report["results"] if row["kind"] == "sweep" and row["contender"] == "dsv2"]
+    more = [{**row, "contender": name, "us": 1.01 * row["us"]} for name in COLOURS for row in like]
+    figure = decode_results_figure({**report, "results": more})
+    figure.draw_without_rendering()
+    for panel in figure.axes:
+        boxes = [Text.get_window_extent(name) for name in panel.texts]  # without the line to the end
+        boxes.sort(key=lambda box: box.y0)
+        assert len(boxes) == len(COLOURS) + 1
+        assert all(low.y1 <= high.y0 + 2 for low, high in zip(boxes, boxes[1:]))
+        assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+        assert boxes[0].y0 >= 0 and boxes[-1].y1 <= figure.bbox.y1
 
 
 def test_default_files_carry_the_devices_name():

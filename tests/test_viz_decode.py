@@ -32,7 +32,7 @@ from dsv2.viz.decode import (
     true_weights,
     whole_sequences,
 )
-from dsv2.viz.decode_results import decode_results_figure, share_of_limit_figure
+from dsv2.viz.decode_results import share_of_limit_figure
 from dsv2.viz.style import SMALL
 
 FULL, LITE = DSV2Config.preset("full"), DSV2Config.preset("lite")
@@ -61,8 +61,7 @@ def figures() -> list:
         ([32768] * 128, 64, 2, 132),
     ):
         shown.append(schedule_figure(lengths, 64, parts, blocks, multiprocessors))
-    stored = ROOT / "data" / "benchmarks" / "decode_h100.json"
-    return [*shown, decode_results_figure(stored), share_of_limit_figure(stored)]
+    return [*shown, share_of_limit_figure(ROOT / "data" / "benchmarks" / "decode_h100.json")]
 
 
 @pytest.mark.parametrize("figure", figures(), ids=lambda figure: describe(figure)[:50])

@@ -163,12 +163,7 @@ def expanded(problem: Problem) -> list[Call]:
 def flash_mla(problem: Problem) -> list[Call]:
     """DeepSeek's kernel (https://github.com/deepseek-ai/FlashMLA), over pages of 64."""
     module = peer("flash_mla")
-    if problem.slots % PAGE:
-        raise Skip("pages of 64 only")
-    batch = len(problem.lengths)
-    table = problem.table
-    if table is None:
-        table = torch.arange(batch * problem.slots // PAGE, device="cuda", dtype=torch.int32).view(batch, -1)
+    table = page_table(problem)
     plan = module.get_mla_metadata(problem.on_device, problem.heads, 1)
     q = torch.cat((problem.q_latent, problem.q_rope), dim=-1)[:, None]
 
@@ -182,6 +177,85 @@ def flash_mla(problem: Problem) -> list[Call]:
     return [lambda cache=cache: call(cache) for cache in problem.caches]
 
 
+def flash_infer(problem: Problem) -> list[Call]:
+    """FlashInfer's kernel for this GPU (https://github.com/flashinfer-ai/flashinfer), over pages of 64.
+
+    Its plan, which shares the work out, is made once and not timed; compiled at first use if not before.
+    """
+    module = peer("flashinfer.mla")
+    table, batch = page_table(problem), len(problem.lengths)
+    pages = torch.tensor([-(-length // PAGE) for length in problem.lengths])
+    used = torch.arange(table.shape[1]) < pages[:, None]
+    ends = torch.cat((torch.zeros(1, dtype=torch.long), pages.cumsum(0)))
+    workspace = torch.empty(2**27, dtype=torch.uint8, device=problem.device)
+    wrapper = module.BatchMLAPagedAttentionWrapper(workspace, backend="auto")
+    wrapper.plan(
+        qo_indptr=torch.arange(batch + 1, dtype=torch.int32, device=problem.device),
+        kv_indptr=ends.to(problem.device, torch.int32),
+        kv_indices=table[used.to(problem.device)],
+        kv_len_arr=problem.on_device,
+        num_heads=problem.heads,
+        head_dim_ckv=WIDTH,
+        head_dim_kpe=ROPE,
+        page_size=PAGE,
+        causal=False,  # the one query is the last token: it sees all of them
+        sm_scale=SCALE,
+        q_data_type=problem.dtype,
+        kv_data_type=problem.dtype,
+    )
+    out = torch.empty_like(problem.q_latent)
+
+    def call(cache: Tensor) -> Tensor:
+        pages = cache.view(-1, PAGE, WIDTH + ROPE)
+        latent, k_rope = pages[..., :WIDTH], pages[..., WIDTH:]
+        return wrapper.run(
+            q_nope=problem.q_latent, q_pe=problem.q_rope, ckv_cache=latent, kpe_cache=k_rope, out=out
+        )
+
+    return [lambda cache=cache: call(cache) for cache in problem.caches]
+
+
+def flash_attention_3(problem: Problem) -> list[Call]:
+    """FlashAttention 3 (https://github.com/Dao-AILab/flash-attention), its own package or vLLM's build of it.
+
+    The rotary keys are its keys and the latents its values; `qv` is a second query, which meets the values.
+    """
+    module = peer("flash_attn_interface", "vllm.vllm_flash_attn")
+    batch, table = len(problem.lengths), problem.table
+    shape = {
+        "batch_size": batch, "max_seqlen_q": 1, "max_seqlen_k": problem.slots, "num_heads_q": problem.heads,
+        "num_heads_kv": 1, "headdim": ROPE, "headdim_v": WIDTH, "cache_seqlens": problem.on_device,
+        "qkv_dtype": problem.dtype, "page_size": None if table is None else PAGE,
+    }  # fmt: skip
+
+    if hasattr(module, "flash_attn_with_kvcache"):
+        plan = module.get_scheduler_metadata(**shape)
+        q, qv = problem.q_rope[:, None], problem.q_latent[:, None]
+
+        def attend(k: Tensor, v: Tensor) -> Tensor:
+            out = module.flash_attn_with_kvcache(
+                q, k, v, qv=qv, cache_seqlens=problem.on_device, page_table=table, softmax_scale=SCALE,
+                scheduler_metadata=plan,
+            )  # fmt: skip
+            return out[:, 0]
+    else:  # vLLM's takes the queries of all sequences in a row
+        starts = torch.arange(batch + 1, dtype=torch.int32, device=problem.device)
+        plan = module.get_scheduler_metadata(**shape, cu_seqlens_q=starts)
+
+        def attend(k: Tensor, v: Tensor) -> Tensor:
+            return module.flash_attn_varlen_func(
+                problem.q_rope, k, v, max_seqlen_q=1, cu_seqlens_q=starts, max_seqlen_k=problem.slots,
+                seqused_k=problem.on_device, q_v=problem.q_latent, block_table=table, softmax_scale=SCALE,
+                scheduler_metadata=plan, fa_version=3,
+            )  # fmt: skip
+
+    def call(cache: Tensor) -> Tensor:
+        latent, k_rope = problem.parts(cache)
+        return attend(k_rope[..., None, :], latent[..., None, :])
+
+    return [lambda cache=cache: call(cache) for cache in problem.caches]
+
+
 def sglang(problem: Problem) -> list[Call]:
     """SGLang's Triton kernel (https://github.com/sgl-project/sglang), at the best of three splits."""
     module = peer("sglang.srt.layers.attention.triton_ops.decode_attention")
@@ -189,14 +263,14 @@ def sglang(problem: Problem) -> list[Call]:
         raise Skip("only equal lengths, contiguous")
     batch, heads = problem.q_latent.shape[:2]
     q = torch.cat((problem.q_latent, problem.q_rope), dim=-1)
-    starts = torch.arange(batch + 1, device="cuda", dtype=torch.int32) * problem.slots
-    places = torch.arange(batch * problem.slots, device="cuda", dtype=torch.int64)
+    starts = torch.arange(batch + 1, device=problem.device, dtype=torch.int32) * problem.slots
+    places = torch.arange(batch * problem.slots, device=problem.device, dtype=torch.int64)
     out = torch.empty_like(problem.q_latent)
 
     def with_splits(splits: int) -> list[Call]:
-        counts = torch.full((batch,), splits, device="cuda", dtype=torch.int32)
-        logits = torch.empty(batch, heads, splits, WIDTH, device="cuda")
-        lse = torch.empty(batch, heads, splits, device="cuda")
+        counts = torch.full((batch,), splits, device=problem.device, dtype=torch.int32)
+        logits = torch.empty(batch, heads, splits, WIDTH, device=problem.device)
+        lse = torch.empty(batch, heads, splits, device=problem.device)
 
         def call(cache: Tensor) -> Tensor:
             rows = cache.view(-1, 1, WIDTH + ROPE)
@@ -207,23 +281,71 @@ def sglang(problem: Problem) -> list[Call]:
 
         return [lambda cache=cache: call(cache) for cache in problem.caches]
 
-    return min((with_splits(splits) for splits in (8, 16, 32)), key=lambda calls: graph_seconds(calls, 3))
+    return fastest(with_splits, (8, 16, 32))
 
 
-def peer(name: str):
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise Skip(f"not importable: {error}") from None
+def vllm(problem: Problem) -> list[Call]:
+    """vLLM's Triton kernel (https://github.com/vllm-project/vllm), over pages of 64, best of five splits."""
+    module = peer("vllm.v1.attention.ops.triton_decode_attention")
+    # Offsets into the cache have the table's type, and 32 bits do not reach the end of the largest cache.
+    table = page_table(problem).long()
+    q = torch.cat((problem.q_latent, problem.q_rope), dim=-1)
+    out = torch.empty_like(problem.q_latent)
+    lse = torch.empty(q.shape[:2], device=problem.device)
+    one = torch.ones((), device=problem.device)  # left out, they are copied to the GPU at every call
+
+    def with_splits(splits: int) -> list[Call]:
+        partial = torch.empty(*q.shape[:2], splits, WIDTH + 1, device=problem.device)
+
+        def call(cache: Tensor) -> Tensor:
+            pages = cache.view(-1, PAGE, 1, WIDTH + ROPE)
+            module.decode_attention_fwd(
+                q, pages, pages[..., :WIDTH], out, lse, table, problem.on_device, partial, splits, SCALE,
+                page_size=PAGE, k_scale=one, v_scale=one, is_mla=True,
+            )  # fmt: skip
+            return out
+
+        return [lambda cache=cache: call(cache) for cache in problem.caches]
+
+    return fastest(with_splits, (4, 8, 16, 32, 64))
+
+
+def fastest(with_splits: Callable[[int], list[Call]], splits: tuple[int, ...]) -> list[Call]:
+    return min((with_splits(count) for count in splits), key=lambda calls: graph_seconds(calls, 3))
+
+
+def page_table(problem: Problem) -> Tensor:
+    """The problem's block table; for a contiguous cache, that of its pages in order."""
+    if problem.table is not None:
+        return problem.table
+    if problem.slots % PAGE:
+        raise Skip(f"pages of {PAGE} only")
+    batch = len(problem.lengths)
+    pages = torch.arange(batch * problem.slots // PAGE, device=problem.device, dtype=torch.int32)
+    return pages.view(batch, -1)
+
+
+def peer(*names: str):
+    """The first of these modules that can be imported."""
+    errors = []
+    for name in names:
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            errors.append(str(error))
+    raise Skip(f"not importable: {'; '.join(errors)}")
+
+
+PEERS = ("flash_mla", "flashinfer", "flash_attn_interface", "sglang", "vllm")
 
 
 def peer_versions() -> dict[str, str]:
     """The versions of the peers that can be imported here, as they name them."""
     found = {}
-    for name in ("flash_mla", "sglang"):
+    for name in PEERS:
         try:
             found[name] = str(getattr(importlib.import_module(name), "__version__", "unknown"))
-        except ImportError:
+        except Exception:  # whatever keeps a peer from its import, its rows say it
             continue
     return found
 
@@ -235,7 +357,10 @@ CONTENDERS: dict[str, Callable[[Problem], list[Call]]] = {
     "PyTorch, absorbed": absorbed,
     "PyTorch SDPA, expanded": expanded,
     "FlashMLA": flash_mla,
+    "FlashInfer": flash_infer,
+    "FlashAttention 3": flash_attention_3,
     "SGLang, Triton": sglang,
+    "vLLM, Triton": vllm,
 }
 ON_CPU = {"PyTorch, absorbed": absorbed, "PyTorch SDPA, expanded": expanded}
 
@@ -273,7 +398,8 @@ def problems(quick: bool) -> Iterator[tuple[str, dict]]:
         yield "sweep", {"heads": heads, "lengths": [tokens] * batch, "slots": tokens}
 
 
-SWEPT = ("dsv2", "dsv2, 16 heads a program", "PyTorch, absorbed", "FlashMLA", "SGLang, Triton")
+SWEPT = tuple(name for name in CONTENDERS if name not in ("dsv2, plain Triton", "PyTorch SDPA, expanded"))
+WITH_LENGTHS = ("dsv2", "FlashMLA", "FlashInfer", "FlashAttention 3")  # share uneven work out; take pages
 
 
 def measure(kind: str, problem: Problem, bandwidth: float, rate: float) -> list[dict]:
@@ -281,7 +407,7 @@ def measure(kind: str, problem: Problem, bandwidth: float, rate: float) -> list[
     cuda = problem.device == "cuda"
     names = CONTENDERS if cuda else ON_CPU
     if kind in ("ragged", "equal", "paged"):
-        names = ("dsv2", "FlashMLA")
+        names = WITH_LENGTHS
     elif kind == "sweep":
         names = SWEPT
     exact, rows = problem.exact(), []
@@ -292,15 +418,18 @@ def measure(kind: str, problem: Problem, bandwidth: float, rate: float) -> list[
         }  # fmt: skip
         try:
             calls = CONTENDERS[name](problem)
-            error = None if name == "PyTorch SDPA, expanded" else relative_error(calls[0](), exact)
+            off = [] if name == "PyTorch SDPA, expanded" else [relative_error(calls[0](), exact)]
+            taken = graph_seconds(calls) if cuda else min(seconds(calls[0]) for _ in range(5))
+            if off:  # once more, after all the replays: some peers keep a plan from call to call
+                off.append(relative_error(calls[0](), exact))
         except Exception as reason:  # a peer that this machine cannot run is left out, and the row says why
             if name.startswith("dsv2") and not isinstance(reason, Skip):
                 raise
             rows.append(row | {"skipped": (str(reason).splitlines() or [repr(reason)])[0][:200]})
             continue
+        error = max(off, default=None)
         if error is not None and not error < LARGEST_ERRORS.get(name, LARGEST_ERROR):
             raise RuntimeError(f"{name} is off by {error:.2g} at {row}: nothing is reported")
-        taken = graph_seconds(calls) if cuda else min(seconds(calls[0]) for _ in range(5))
         row |= {"us": round(taken * 1e6, 2), "error": error}
         if cuda:
             row["share"] = round(problem.limit(bandwidth, rate) / taken, 4)
@@ -361,7 +490,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dsv2.bench decode",
         description=__doc__.split("\n\n")[0],
-        epilog="On a CPU: the absorbed against the expanded form. FlashMLA and SGLang run if importable.",
+        epilog="On a CPU: the absorbed against the expanded form. FlashMLA, FlashInfer, FlashAttention 3, "
+        "SGLang and vLLM run if importable.",
     )
     parser.add_argument("--quick", action="store_true", help="two shapes, no sweep: does it run at all")
     parser.add_argument(

@@ -91,7 +91,9 @@ class StepLayer:
         if self.choice is None:
             _, normed = add_norm(x, None, norm.weight, norm.eps)
             return experts_few(normed, step.only_expert, step.full_weight, self.w_gate_up, self.w_down)
-        normed, *chosen = norm_route(x, norm.weight, norm.eps, ffn.router.weight, self.choice)
+        normed, *chosen = norm_route(
+            x, norm.weight, norm.eps, ffn.router.weight, self.choice, step.arrivals
+        )
         step.chosen.append(chosen)
         shared = () if ffn.shared is None else (ffn.shared.w_gate_up.weight, ffn.shared.w_down.weight)
         return experts_few(normed, *chosen[:2], ffn.experts.w_gate_up, ffn.experts.w_down, *shared)
@@ -115,6 +117,7 @@ class Step:
     turn_length: float
     only_expert: Tensor  # (B, 1) int64 zeros, (B, 1) float32 ones: how a dense network is chosen
     full_weight: Tensor
+    arrivals: Tensor  # (B,) int32 zeros, which the layers' routers share
     chosen: list[list[Tensor]]
 
 
@@ -142,6 +145,7 @@ class StepModel:
             self.rotary.length,
             torch.zeros(batch, 1, dtype=torch.int64, device=tokens.device),
             torch.ones(batch, 1, device=tokens.device),
+            torch.zeros(batch, dtype=torch.int32, device=tokens.device),
             [],
         )
         x, summands = self.embed(tokens), None

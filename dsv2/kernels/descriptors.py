@@ -48,18 +48,22 @@ def fits(
 
 @dataclass(frozen=True)
 class DescriptorKernel:
-    """The kernel with its blocks: `heads` a program, tiles of `tile` cached tokens in `stages` buffers."""
+    """The kernel with its blocks: `heads` a program, tiles of `tile` cached tokens in `stages` buffers.
+
+    tail: how many tokens at once of a sequence's last tile, which is masked and need not be full.
+    """
 
     heads: int
     stages: int
+    tail: int
     tile: int = TILE
     warps: int = 8
     least_tiles: int = 2
 
     @classmethod
     def for_heads(cls, heads: int) -> DescriptorKernel:
-        """16 heads; or 64, whose queries take as much shared memory as a tile: one stage less fits."""
-        return cls(heads=16, stages=3) if heads <= 32 else cls(heads=64, stages=2)
+        """16 heads; or 64, whose queries take as much shared memory as a tile: one stage and a tail less fit."""
+        return cls(heads=16, stages=3, tail=64) if heads <= 32 else cls(heads=64, stages=2, tail=16)
 
     def launch_split(
         self, q_latent, q_rope, latent, k_rope, lengths, scale, block_table, out, *partial, parts
@@ -76,7 +80,7 @@ class DescriptorKernel:
             *q_latent.stride()[:2], *q_rope.stride()[:2], *latent.stride()[:2], *k_rope.stride()[:2],
             block_table.stride(0) if paged else 0,
             *out.stride()[:2], batch, heads, latent.shape[1], scale * LOG2_E,
-            SEQUENCES=room_for(batch), HEADS=self.heads, TILE=self.tile, TAIL=16,
+            SEQUENCES=room_for(batch), HEADS=self.heads, TILE=self.tile, TAIL=self.tail,
             HALF=WIDTH // 2, ROPE=ROPE, PAGED=paged, STAGES=self.stages, num_warps=self.warps,
             **overlap(q_latent.device),
         )  # fmt: skip
@@ -129,7 +133,7 @@ def split_kernel_with_descriptors(
             weights = weights.to(c_left.dtype)
             left = tl.dot(weights, c_left, left * shrink[:, None])
             right = tl.dot(weights, c_right, right * shrink[:, None])
-        # The last tile of a sequence need not be full; its tokens come 16 at a time, masked.
+        # The last tile of a sequence need not be full; its tokens come TAIL at a time, masked.
         for token in range(full * TILE, tl.minimum((last - first) * TILE, length), TAIL):
             block, slot = _place(block_table, b, table_b, token, page, PAGED)
             filled = token + row < length

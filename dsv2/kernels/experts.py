@@ -42,12 +42,18 @@ class Choice:
 
 
 def norm_route(
-    x: Tensor, norm_weight: Tensor, eps: float, router: Tensor, choice: Choice
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    router: Tensor,
+    choice: Choice,
+    arrivals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """RMSNorm and router of B tokens: x (B, D), router (E, D).
 
     Returns the normalised x (B, D); expert_ids (B, K) int64, best first, the lower id where two are equal;
-    weights (B, K) and scores (B, E), float32: as `dsv2.moe.Router` gives them.
+    weights (B, K) and scores (B, E), float32: as `dsv2.moe.Router` gives them. arrivals: at least B int32
+    zeros, which are zeros again afterwards; layers that follow each other may share them.
     """
     if not uses_kernels(x):
         return norm_route_reference(x, norm_weight, eps, router, choice)
@@ -57,14 +63,33 @@ def norm_route(
     ids = torch.empty(batch, choice.k, dtype=torch.int64, device=x.device)
     weights = torch.empty(batch, choice.k, dtype=torch.float32, device=x.device)
     scores = torch.empty(batch, experts, dtype=torch.float32, device=x.device)
-    norm_route_kernel[(batch,)](
-        x, norm_weight, router, normed, ids, weights, scores, x.stride(0), width, experts, eps,
+    if arrivals is None:
+        arrivals = torch.zeros(batch, dtype=torch.int32, device=x.device)
+    blocks = choose_route_blocks(batch, experts, width)
+    norm_route_kernel[(batch, ceil_div(experts, blocks["experts_each"]))](
+        x, norm_weight, router, normed, ids, weights, scores, arrivals, x.stride(0), width, experts, eps,
         1.0 if choice.scaling is None else choice.scaling, choice.k, choice.n_group, choice.topk_group,
-        NORMALISE=choice.scaling is None, GROUPED=choice.n_group > 0, WIDTH=triton.next_power_of_2(width),
+        NORMALISE=choice.scaling is None, GROUPED=choice.n_group > 0,
         EXPERTS=triton.next_power_of_2(experts), GROUPS=max(triton.next_power_of_2(choice.n_group), 1),
-        COLUMNS=max(16384 // triton.next_power_of_2(experts), 16), num_warps=16, **overlap(x.device),
+        **blocks, **overlap(x.device),
     )  # fmt: skip
     return normed, ids, weights, scores
+
+
+def choose_route_blocks(batch: int, experts: int, width: int) -> dict[str, int]:
+    """How a token's experts are shared out: `experts_each` program, ROWS of them at a time.
+
+    A token's products with 64 experts are little work, but a single program would wait for them one after
+    the other; there are about 128 programs for all tokens together. A program holds 8,192 numbers at once.
+
+    >>> choose_route_blocks(batch=1, experts=64, width=2048)
+    {'experts_each': 4, 'ROWS': 4, 'WIDTH': 2048, 'num_warps': 4}
+    """
+    columns = triton.next_power_of_2(width)
+    rows = max(8192 // columns, 1)
+    programs = max(128 // batch, 1)
+    each = ceil_div(ceil_div(experts, programs), rows) * rows
+    return {"experts_each": each, "ROWS": rows, "WIDTH": columns, "num_warps": 4 if experts <= 64 else 8}
 
 
 def norm_route_reference(x, norm_weight, eps, router, choice):
@@ -87,60 +112,80 @@ def norm_route_reference(x, norm_weight, eps, router, choice):
 
 @jit
 def norm_route_kernel(
-    x, norm_weight, router, normed, ids, weights, scores, x_b, width, experts, eps, scaling,
-    k, n_group, topk_group,
-    NORMALISE: tl.constexpr, GROUPED: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr,
-    GROUPS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
+    x, norm_weight, router, normed, ids, weights, scores, arrivals, x_b, width, experts, eps, scaling,
+    k, n_group, topk_group, experts_each,
+    NORMALISE: tl.constexpr, GROUPED: tl.constexpr, EXPERTS: tl.constexpr, GROUPS: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One token."""
+    """The affinities of one token to some experts; the program that finishes last chooses among all."""
     begin(OVERLAP)
     b = tl.program_id(0)
     column = tl.arange(0, WIDTH)
     row = tl.load(x + b * x_b + column, mask=column < width, other=0.0)
     gain = tl.load(norm_weight + column, mask=column < width, other=0.0)
-    tl.store(normed + b * width + column, normalise(row, gain, width, eps), mask=column < width)
-    tl.debug_barrier()  # the row is read again below, by other threads than wrote it
+    normalised = normalise(row, gain, width, eps)
+    if tl.program_id(1) == 0:
+        tl.store(normed + b * width + column, normalised, mask=column < width)
+    first = tl.program_id(1) * experts_each
+    last = tl.minimum(first + experts_each, experts)
+    for start in range(first, last, ROWS):
+        one = start + tl.arange(0, ROWS)
+        there = (one[:, None] < last) & (column < width)
+        e = tl.load(router + one[:, None] * width + column, mask=there, other=0.0).to(tl.float32)
+        tl.store(scores + b * experts + one, tl.sum(e * normalised.to(tl.float32), 1), mask=one < last)
+    tl.debug_barrier()  # all threads have written before one of them says so
+    arrived = tl.atomic_add(arrivals + b, 1, sem="acq_rel")
+    if arrived == tl.num_programs(1) - 1:
+        tl.store(arrivals + b, 0)
+        choose(
+            ids, weights, scores, b, experts, scaling, k, n_group, topk_group,
+            NORMALISE, GROUPED, EXPERTS, GROUPS,
+        )  # fmt: skip
 
+
+@jit
+def choose(
+    ids, weights, scores, b, experts, scaling, k, n_group, topk_group,
+    NORMALISE: tl.constexpr, GROUPED: tl.constexpr, EXPERTS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Softmax over a token's products, which stand in `scores`, and the k best experts.
+
+    An expert's rank is how many are better, or as good and before it: all ranks are found at once.
+    """
     expert = tl.arange(0, EXPERTS)
-    part = tl.arange(0, COLUMNS)
-    router_at = router + expert[:, None] * width + part
-    products = tl.zeros((EXPERTS, COLUMNS), tl.float32)
-    for start in tl.range(0, width, COLUMNS, num_stages=3):
-        is_part = start + part < width
-        a = tl.load(normed + b * width + start + part, mask=is_part, other=0.0).to(tl.float32)
-        e = tl.load(router_at + start, mask=(expert[:, None] < experts) & is_part, other=0.0).to(tl.float32)
-        products += e * a
-    logits = tl.sum(products, 1)
-    logits = tl.where(expert < experts, logits, -float("inf"))
+    is_expert = expert < experts
+    at = scores + b * experts + expert
+    logits = tl.load(at, mask=is_expert, other=-float("inf"), cache_modifier=".cg")  # others wrote them
     powers = tl.exp(logits - tl.max(logits, 0))
     score = powers / tl.sum(powers, 0)
-    tl.store(scores + b * experts + expert, score, mask=expert < experts)
-
-    # NaN is unlike itself and larger than nothing: left in, a place beyond the last expert would be chosen.
-    open_ = tl.where(expert < experts, tl.where(score == score, score, 0.0), -1.0)
+    # NaN is unlike itself and larger than nothing: left in, experts would share a rank, or have none.
+    open_ = tl.where(is_expert, tl.where(score == score, score, 0.0), -1.0)
     if GROUPED:  # a device is as good as its best expert
         group = tl.arange(0, GROUPS)
         mine = expert // (experts // n_group)
         best = tl.max(tl.where(mine[:, None] == group, open_[:, None], -1.0), 0)
         best = tl.where(group < n_group, best, -2.0)
-        allowed = tl.zeros((EXPERTS,), tl.int1)
-        for _ in range(topk_group):
-            device = tl.argmax(best, 0)
-            allowed = allowed | (mine == device)
-            best = tl.where(group == device, -2.0, best)
-        open_ = tl.where(allowed, open_, -1.0)
-    total = 0.0
-    for i in range(k):
-        chosen = tl.argmax(open_, 0)
-        weight = tl.sum(tl.where(expert == chosen, score, 0.0), 0)
-        total += weight
-        tl.store(ids + b * k + i, chosen.to(tl.int64))
-        tl.store(weights + b * k + i, weight * scaling)
-        open_ = tl.where(expert == chosen, -1.0, open_)
+        better = ranks(best, group, GROUPS)
+        place = tl.sum(tl.where(mine[:, None] == group, better, 0), 1)
+        open_ = tl.where(place < topk_group, open_, tl.minimum(open_, -0.5))
+    place = ranks(open_, expert, EXPERTS)
+    chosen = place < k
+    weight = score * scaling
     if NORMALISE:
-        tl.debug_barrier()
-        for i in range(k):
-            tl.store(weights + b * k + i, tl.load(weights + b * k + i) / total)
+        weight = score / tl.sum(tl.where(chosen, score, 0.0), 0)
+    tl.debug_barrier()  # every thread has read the products
+    tl.store(at, score, mask=is_expert)
+    tl.store(ids + b * k + place, expert.to(tl.int64), mask=chosen)
+    tl.store(weights + b * k + place, weight, mask=chosen)
+
+
+@jit
+def ranks(value, index, COUNT: tl.constexpr):
+    """How many values are larger than each, or equal and before it."""
+    other = tl.reshape(value, (COUNT, 1))
+    before = tl.reshape(index, (COUNT, 1)) < index[None, :]
+    ahead = (other > value[None, :]) | ((other == value[None, :]) & before)
+    return tl.sum(ahead.to(tl.int32), 0)
 
 
 # ------------------------------------------------------------------------------------------- experts

@@ -84,8 +84,11 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def room_for(batch: int) -> int:
-    """Numbers in the kernels' list of lengths: a power of two, one of few, as each is compiled for itself."""
-    return max(64, 1 << (batch - 1).bit_length())
+    """Numbers in the kernels' list of lengths: a power of two, one of few, as each is compiled for itself.
+
+    A single sequence needs no list: its kernels wait for no sum over lengths.
+    """
+    return 1 if batch == 1 else max(64, 1 << (batch - 1).bit_length())
 
 
 @jit

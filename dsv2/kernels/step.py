@@ -65,7 +65,7 @@ def launch_linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> 
     batch, heads, channels = x.shape
     width = weight.shape[1]
     out = x.new_empty(batch, heads, width)
-    blocks = choose_product_blocks(batch, heads * width, x.element_size())
+    blocks = choose_product_blocks(batch, heads * width, x.element_size(), by_column=weight.stride(1) == 1)
     grid = (ceil_div(width, blocks["ROWS"]), heads, ceil_div(batch, blocks["TOKENS"]))
     linear_kernel[grid](
         x, weight, x if residual is None else residual, out,
@@ -76,13 +76,18 @@ def launch_linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> 
     return out
 
 
-def choose_product_blocks(batch: int, outputs: int, itemsize: int) -> dict[str, int]:
+def choose_product_blocks(
+    batch: int, outputs: int, itemsize: int, by_column: bool = False
+) -> dict[str, int]:
     """Tokens, and rows and columns of the weights' tile, in a program of the product.
 
     A program takes all tokens, so that each weight is read once. Few rows, so that there are programs enough
-    for every multiprocessor; each row in pieces of 512 bytes.
+    for every multiprocessor; each row in pieces of 512 bytes. by_column: neighbours in memory are of the same
+    column; then a piece is 128 bytes of each column.
     """
     tokens = 16 if batch <= 16 else 32 if batch <= 32 else 64
+    if by_column:
+        return {"TOKENS": tokens, "ROWS": 128 // itemsize, "COLUMNS": 64, "STAGES": 3, "num_warps": 4}
     rows = 16 if outputs <= 8192 else 32
     columns = (512 if tokens == 16 else 256) // itemsize
     return {"TOKENS": tokens, "ROWS": rows, "COLUMNS": columns, "STAGES": 4, "num_warps": 4}

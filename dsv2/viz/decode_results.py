@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dsv2.viz.style import (
     LINE,
     ORANGE,
     PURPLE,
+    SKY,
     SMALL,
     TITLE,
     VERMILLION,
@@ -30,15 +31,19 @@ from dsv2.viz.style import (
 
 Report = str | Path | Mapping[str, Any]
 
+BROWN, OLIVE = "#7A4B2A", "#9A8B00"  # more lines than the palette has colours that show on white
 COLOURS = {
     "dsv2": style.CACHED,
     "dsv2, plain Triton": GREEN,
     "dsv2, 16 heads a program": ORANGE,
     "FlashMLA": VERMILLION,
+    "FlashInfer": SKY,
+    "FlashAttention 3": BROWN,
     "SGLang, Triton": PURPLE,
+    "vLLM, Triton": OLIVE,
     "PyTorch, absorbed": GREY,
 }
-MARKERS = dict(zip(COLOURS, "os^DvP"))
+MARKERS = dict(zip(COLOURS, "os^Dp*vXP"))
 
 
 def read(report: Report) -> Mapping[str, Any]:
@@ -67,7 +72,7 @@ def decode_results_figure(report: Report) -> Figure:
     counts = sorted({row["heads"] for row in rows}, reverse=True)
     figure = new_figure(10.4, 0.6 + 4.5 * len(counts))
     panels = figure.subplots(len(counts), 1, squeeze=False)[:, 0]
-    style.margins(figure, left=1.0, right=2.9, bottom=1.15, top=0.65, hspace=0.42)
+    style.margins(figure, left=1.0, right=3.05, bottom=1.15, top=0.65, hspace=0.42)
     said = []
     for panel, heads in zip(panels, counts):
         here = [row for row in rows if row["heads"] == heads]
@@ -105,18 +110,36 @@ def _times(panel, rows: list[Mapping[str, Any]]) -> None:
 
 
 def _name_ends(panel, x: float, ends: list[tuple[float, str, str]]) -> None:
-    """Names beside the lines' ends, moved apart where they would touch."""
+    """Names beside the lines' ends, moved apart where they would touch, each tied to its end."""
     panel.figure.draw_without_rendering()
-    to_pixels = panel.transData.transform
-    least, above = 21 * panel.figure.dpi / 100, -1e9
-    for value, name, colour in sorted(ends):
-        height = max(to_pixels((x, value))[1], above + least)
-        above = height
+    ends, dpi = sorted(ends), panel.figure.dpi
+    at = [panel.transData.transform((x, value))[1] for value, _, _ in ends]
+    box = panel.get_window_extent()
+    for (value, name, colour), end, height in zip(ends, at, apart(at, 0.21 * dpi, box.y0, box.y1)):
         panel.annotate(
-            name, (x, value), xytext=(12, (height - to_pixels((x, value))[1]) * 72 / panel.figure.dpi),
-            textcoords="offset points", va="center", fontsize=SMALL, fontweight="bold", color=colour,
-            annotation_clip=False, parse_math=False,
+            name, (x, value), xytext=(24, (height - end) * 72 / dpi), textcoords="offset points", va="center",
+            fontsize=SMALL, fontweight="bold", color=colour, annotation_clip=False, parse_math=False,
+            arrowprops={
+                "arrowstyle": "-", "color": colour, "linewidth": 1.0, "relpos": (0, 0.5), "shrinkB": 5
+            },
         )  # fmt: skip
+
+
+def apart(heights: Sequence[float], least: float, lowest: float, highest: float) -> list[float]:
+    """The nearest heights to these (ascending) that are `least` apart, between `lowest` and `highest`.
+
+    Without the room between neighbours they need only not fall: those that would share their mean.
+    """
+    groups: list[tuple[float, int]] = []  # mean, how many
+    for number, height in enumerate(heights):
+        mean, size = height - number * least, 1
+        while groups and groups[-1][0] > mean:
+            before, many = groups.pop()
+            mean, size = (mean * size + before * many) / (size + many), size + many
+        groups.append((mean, size))
+    highest -= (len(heights) - 1) * least
+    moved = [max(min(mean, highest), lowest) for mean, size in groups for _ in range(size)]
+    return [mean + number * least for number, mean in enumerate(moved)]
 
 
 def share_of_limit_figure(report: Report) -> Figure:
@@ -126,9 +149,9 @@ def share_of_limit_figure(report: Report) -> Figure:
     if not rows:
         raise ValueError("the report has no shares of the limit; run `python -m dsv2.bench decode` on a GPU")
     shapes = list(dict.fromkeys((row["heads"], row["batch"], row["slots"]) for row in rows))
-    figure = new_figure(10.4, 1.6 + 0.44 * len(shapes))
+    figure = new_figure(10.4, 1.85 + 0.44 * len(shapes))
     axes = style.style_axes(figure.add_subplot(), "x")
-    style.margins(figure, left=3.0, right=0.3, bottom=1.15, top=0.95)
+    style.margins(figure, left=3.0, right=0.3, bottom=1.15, top=1.2)
     for name, colour in COLOURS.items():
         points = [
             (100 * row["share"], shapes.index((row["heads"], row["batch"], row["slots"])))
@@ -143,7 +166,7 @@ def share_of_limit_figure(report: Report) -> Figure:
     axes.set_yticks(range(len(shapes)), names, fontsize=SMALL)
     axes.set_ylim(len(shapes) - 0.4, -0.6)
     axes.set_xlim(0, max(105.0, *(105 * row["share"] for row in rows if row["contender"] in COLOURS)))
-    axes.axvline(100, color=INK, linewidth=2.0, zorder=0.5)
+    axes.axvline(100, color=INK, linewidth=2.0, zorder=2.5)
     label(axes, "share of the limit (%)")
     place = {"loc": "lower left", "bbox_to_anchor": (-0.36, 1.0), "ncols": 3}
     axes.legend(**place, frameon=False, fontsize=SMALL, handletextpad=0.2)
