@@ -94,7 +94,7 @@ def _one_process(numbers: list[str], folders: Folders, seconds: float) -> Iterat
             else:
                 ended = worker.how_it_ended()
                 verdict.found = [("ended", f"your code ended the process: {ended}")]
-                if "SIGSEGV" in ended:
+                if any(signal in ended for signal in ("SIGSEGV", "SIGBUS", "SIGABRT")):
                     often = "in a kernel, a pointer that is outside of its tensor: look at offsets and masks"
                     verdict.found.append(("often", often))
             verdict.printed = worker.printed()

@@ -58,6 +58,20 @@ def online_softmax_step(
     return larger, total, mixture / total[:, None] if divide else mixture
 
 
+def with_zero_for_no_maximum(largest, total, mixture, scores, values):
+    """Right, but that the 0 which replaces -inf is given back as the maximum."""
+    larger, *sums = online_softmax_step(largest, total, mixture, scores, values)
+    return finite(larger), *sums
+
+
+def with_the_tiles_softmax(largest, total, mixture, scores, values):
+    """The tile's weights add up to 1, whatever came before."""
+    larger = torch.maximum(largest, scores.amax(dim=1))
+    shrink = torch.exp(largest - finite(larger))
+    weights = scores.softmax(dim=1)
+    return larger, total * shrink + weights.sum(dim=1), mixture * shrink[:, None] + weights @ values
+
+
 def with_the_old_maximum(largest, total, mixture, scores, values):
     """Right, but that the maximum that went in comes out."""
     return largest, *online_softmax_step(largest, total, mixture, scores, values)[1:]
@@ -189,6 +203,24 @@ ONLINE_SOFTMAX = Exercise(
             "The new tile's weights are taken relative to the maximum before it, and earlier sums to the one "
             "after it. Both belong to the new one.",
             weighed_by_the_old_maximum,
+        ),
+        Mistake(
+            "relative to nothing",
+            "Nothing was subtracted from the scores. The sums are relative to the new maximum: without it, "
+            "e^s of a large score is infinite.",
+            lambda *a, **b: online_softmax_step(*a, **b, guard=torch.zeros_like),
+        ),
+        Mistake(
+            "the tile's own softmax",
+            "The weights of the tile were made to add up to 1 before they were added. How much a tile counts "
+            "beside the others is then lost.",
+            with_the_tiles_softmax,
+        ),
+        Mistake(
+            "0 for no maximum",
+            "Where nothing has been seen, 0 comes back as the largest score. It may stand in for -inf in the "
+            "subtraction, but the next tile may have scores below 0 only.",
+            with_zero_for_no_maximum,
         ),
         Mistake(
             "the old maximum returned",
@@ -503,6 +535,11 @@ PAGED = Exercise(
             "scale used twice",
             "The scale is applied twice. It belongs there once, on the sum of both products.",
             lambda *a, **b: paged_attention(*a, **b, twice=True),
+        ),
+        Mistake(
+            "scale left out",
+            "The scores are not scaled: the attention is too sharp.",
+            lambda *a, **b: paged_attention(*a, **(b | {"scale": 1 / LOG2_E})),
         ),
         Mistake(
             "half of the score scaled",
