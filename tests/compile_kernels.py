@@ -71,9 +71,11 @@ def step_builds() -> Iterator[Build]:
         "compressed",
         "q_rope",
         "norm_weight",
+        "q",
+        "w_uk",
+        "q_latent",
         "latent",
         "k_rope",
-        "rotated",
     )
     half += (
         "added",
@@ -102,11 +104,17 @@ def step_builds() -> Iterator[Build]:
 
     for batch in (1, 32, 128):
         if batch <= step.FEW_TOKENS:
-            blocks = step.choose_product_blocks(batch, 3648, 2)
+            blocks = step.choose_product_blocks(batch, 2048, 3648, 2)
             warps = blocks.pop("num_warps")
             yield build(
                 f"linear, batch {batch}", step.linear_kernel, warps, RESIDUAL=True, EVEN=True, **blocks
             )
+        blocks = step.choose_absorb_blocks(batch, 2)
+        warps = blocks.pop("num_warps")
+        yield build(
+            f"absorb and append, batch {batch}", step.absorb_append_kernel, warps,
+            HEADS=16, WIDTH=512, PAIRS=32, EVEN=True, **blocks,
+        )  # fmt: skip
         up, down = experts.choose_expert_blocks(batch, 66, 2)
         pairs = {"BY_PAIR": batch == 1, "PAIRS": 16, "SUMMANDS": 8, "K": 6, "EVEN": True}
         order = {"order": "*i64", "starts": "*i64"} if batch == 1 else {}
@@ -118,7 +126,6 @@ def step_builds() -> Iterator[Build]:
             out = order | ({"out": "*fp32"} if name == "down" else {})
             yield build(f"{name}, batch {batch}", kernel, warps, out, **pairs, **blocks)
     yield build("add_norm", step.add_norm_kernel, 8, COUNT=8, WIDTH=2048)
-    yield build("append", step.append_kernel, WIDTH=512, PAIRS=32)
     for count, width, groups in ((64, 2048, 0), (160, 5120, 8)):
         route = experts.choose_route_blocks(1, count, width)
         del route["experts_each"]

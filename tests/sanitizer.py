@@ -47,8 +47,17 @@ def decode_step() -> None:
     lengths = torch.tensor([0, 3, 8, 2, 1], dtype=torch.int32, device="cuda")
     cache = normal(5, 9, 24), normal(5, 9, 10)
     active = torch.tensor([1, 1, 1, 0, 1], dtype=torch.int32, device="cuda")
-    step.append_latent(
-        normal(5, 34), normal(5, 3, 10), normal(24), 1e-6, normal(5, 5), 1.0, *cache, lengths, active
+    step.absorb_append(
+        normal(5, 3, 22),
+        normal(3, 12, 24),
+        normal(5, 34),
+        normal(24),
+        1e-6,
+        normal(5, 5),
+        1.0,
+        *cache,
+        lengths,
+        active,
     )
     _, ids, weights, _ = experts.norm_route(x, normal(130), 1e-6, normal(12, 130), experts.Choice(3, 4, 2))
     stacks = normal(12, 2 * 40, 130), normal(12, 130, 40), normal(2 * 40, 130), normal(130, 40)

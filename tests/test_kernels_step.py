@@ -127,18 +127,19 @@ YARN = YarnScaling(factor=40.0, original_max_position_embeddings=64, mscale=1.0,
 
 def check_append(module, dtype, yarn: YarnScaling | None = None) -> None:
     """Four sequences, one idle, one new; a cache full of NaN must change in three slots and nowhere else."""
-    batch, heads, width, rope, slots, eps = 4, 3, 24, 10, 19, 1e-2
+    batch, heads, nope, width, rope, slots, eps = 4, 3, 12, 24, 10, 19, 1e-2
     rotary = RotaryEmbedding(rope, 10000.0, yarn).to(DEVICE)
     lengths = torch.tensor([0, 3, slots - 1, 7], dtype=torch.int32, device=DEVICE)
     active = torch.tensor([1, 1, 1, 0], dtype=torch.int32, device=DEVICE)
     compressed = draw(batch, width + rope + 5, dtype=dtype)[:, : width + rope]
-    queries = draw(batch, heads, 12 + rope, dtype=dtype)[..., 12:]
+    queries = draw(batch, heads, nope + rope, dtype=dtype)
+    w_uk = draw(heads, nope, width, dtype=dtype, seed=4)
     gain = draw(width, dtype=dtype, seed=3)
     entries = torch.full((2, batch, slots, width + rope), torch.nan, device=DEVICE, dtype=dtype)
     latent, k_rope = entries[1, ..., :width], entries[1, ..., width:]
     angles = lengths[:, None].float() * rotary.frequencies
-    rotated = module.append_latent(
-        compressed, queries, gain, eps, angles, rotary.length, latent, k_rope, lengths, active
+    absorbed, rotated = module.absorb_append(
+        queries, w_uk, compressed, gain, eps, angles, rotary.length, latent, k_rope, lengths, active
     )
 
     # As multiplication of complex numbers: a pair of channels times length * e^(i angle).
@@ -151,7 +152,9 @@ def check_append(module, dtype, yarn: YarnScaling | None = None) -> None:
     new = compressed[:, :width].double()
     new = new / ((new**2).mean(dim=-1, keepdim=True) + eps).sqrt() * gain.double()
     key = rotate(compressed[:, width:])
-    assert close(rotated, rotate(queries), dtype)
+    assert close(rotated, rotate(queries[..., nope:]), dtype)
+    exact = torch.einsum("bhn,hnc->bhc", queries[..., :nope].double(), w_uk.double())
+    assert close(absorbed, exact, dtype)
     for b in range(batch - 1):
         slot = int(lengths[b])
         assert close(latent[b, slot], new[b], dtype), b
@@ -178,8 +181,18 @@ def test_late_positions_keep_their_angle():
     cache = torch.zeros(1, 1, 9, device=DEVICE)
     zero = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     compressed, gain = draw(1, 9, dtype=torch.float32), torch.ones(5, device=DEVICE)
-    rotated = step.append_latent(
-        compressed, x, gain, 1e-6, angles, 1.0, cache[..., :5], cache[..., 5:], zero, zero + 1
+    _, rotated = step.absorb_append(
+        torch.cat((x[..., :3], x), -1),
+        draw(1, 3, 5, dtype=torch.float32),
+        compressed,
+        gain,
+        1e-6,
+        angles,
+        1.0,
+        cache[..., :5],
+        cache[..., 5:],
+        zero,
+        zero + 1,
     )
     pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
     exact = torch.view_as_real(
@@ -216,16 +229,21 @@ WRONG = {  # what is changed in the text of the kernels: the old words, the new 
         "normalise(total, gain, width, eps)",
         "normalise(total, 0 * gain + 1, width, eps)",
     ),
-    "the latent is not normalised": ("tl.store(to, normalise(x, gain, width, eps)", "tl.store(to, x"),
+    "the latent is not normalised": ("tl.store(at, normalise(x, gain, width, eps)", "tl.store(at, x"),
     "eps is forgotten": ("normalise(x, gain, width, eps)", "normalise(x, gain, width, 0.0)"),
     "the token is written one slot early": (
         "slot = tl.load(lengths + b).to(tl.int64)",
         "slot = tl.load(lengths + b).to(tl.int64) - 1",
     ),
-    "idle sequences are written": ("elif tl.load(active + b) != 0:", "else:"),
+    "idle sequences are written": ("kept = tl.load(active + b)", "kept = 1"),
     "pairs are halves apart": ("tl.load(from_ + 2 * pair + 1,", "tl.load(from_ + (2 * pair + 3) % 10,"),
     "turned the wrong way": ("x0 * cos - x1 * sin", "x0 * cos + x1 * sin"),
-    "the rotary key is normalised from the latent": ("turn(from_ + width, k_rope", "turn(from_, k_rope"),
+    "the rotary key is normalised from the latent": ("load_pairs(new + width, pair", "load_pairs(new, pair"),
+    "a query of another head is rotated": (
+        "query = q + b * q_b + head * q_h",
+        "query = q + b * q_b + 0 * head",
+    ),
+    "W^UK is applied to the rotary channels": ("head * q_h + nope", "head * q_h"),
     "YaRN's length is forgotten": ("tl.cos(angle) * length", "tl.cos(angle)"),
 }
 

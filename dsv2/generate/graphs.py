@@ -22,7 +22,7 @@ from dsv2.attention.mla import LATENT_NORM_EPS
 from dsv2.kernels import mla_decode
 from dsv2.kernels.backend import kernel_problem
 from dsv2.kernels.experts import Choice, experts_few, norm_route
-from dsv2.kernels.step import add_norm, append_latent, heads_linear, linear
+from dsv2.kernels.step import absorb_append, add_norm, heads_linear, linear
 from dsv2.model import Block, DeepSeekV2
 from dsv2.moe import DeepSeekMoE, Routing
 from dsv2.moe.routing import Router
@@ -77,11 +77,10 @@ class StepLayer:
             first = linear(first, attention.w_uq.weight)
         q = first.unflatten(1, (cfg.num_attention_heads, cfg.qk_head_dim))
         latent, k_rope = step.cache.latent[attention.layer], step.cache.k_rope[attention.layer]
-        q_rope = append_latent(
-            compressed, q[..., cfg.qk_nope_head_dim :], attention.kv_norm.weight, LATENT_NORM_EPS,
+        q_latent, q_rope = absorb_append(
+            q, attention.w_uk, compressed, attention.kv_norm.weight, LATENT_NORM_EPS,
             step.angles, step.turn_length, latent, k_rope, step.cache.lengths, step.active,
         )  # fmt: skip
-        q_latent = heads_linear(q[..., : cfg.qk_nope_head_dim], attention.w_uk.mT)
         mixed = mla_decode(q_latent, q_rope, latent, k_rope, step.filled, attention.scale)
         return linear(heads_linear(mixed, attention.w_uv).flatten(1), attention.w_o.weight, residual=x)
 
@@ -91,11 +90,9 @@ class StepLayer:
         if self.choice is None:
             _, normed = add_norm(x, None, norm.weight, norm.eps)
             return experts_few(normed, step.only_expert, step.full_weight, self.w_gate_up, self.w_down)
-        normed, *chosen = norm_route(
-            x, norm.weight, norm.eps, ffn.router.weight, self.choice, step.arrivals
-        )
-        step.chosen.append(chosen)
         shared = () if ffn.shared is None else (ffn.shared.w_gate_up.weight, ffn.shared.w_down.weight)
+        normed, *chosen = norm_route(x, norm.weight, norm.eps, ffn.router.weight, self.choice, step.arrivals)
+        step.chosen.append(chosen)
         return experts_few(normed, *chosen[:2], ffn.experts.w_gate_up, ffn.experts.w_down, *shared)
 
 

@@ -61,7 +61,8 @@ def mla_decode(
     arguments = (q_latent, q_rope, latent, k_rope, lengths, scale)
     problem = kernel_problem(q_latent.device)
     if problem is None:
-        return run_kernel(choose_kernel(*arguments[:4], block_table), *arguments, block_table, out)
+        kernel = choose_kernel(*arguments[:4], block_table)
+        return run_kernel(kernel, *arguments, block_table, out)
     if q_latent.is_cuda:
         _say_once(f"mla_decode runs in plain PyTorch, in float16: {problem}")
         arguments = (*(x.half() if x.dtype == torch.bfloat16 else x for x in arguments[:4]), lengths, scale)
@@ -109,7 +110,7 @@ class TritonKernel:
     tile: int
     warps: int
     stages: int
-    least_tiles: int = 2  # a part of one tile saves less than merging it costs
+    least_tiles: int = 1
 
     def stages_of(self, paged: bool) -> int:
         """num_stages for the loop over tiles.
@@ -179,7 +180,7 @@ def choose_combine_blocks(
     >>> choose_combine_blocks(batch=1, heads=128, width=512, parts=32, multiprocessors=132)
     {'SLOTS': 32, 'HEADS': 1, 'COLUMNS': 256, 'heads_each': 1}
     """
-    slots = min(max(triton.next_power_of_2(ceil_div(parts, batch)), 2), 64)
+    slots = min(max(triton.next_power_of_2(ceil_div(parts, batch)), 2), 256)
     columns = min(8192 // slots, _block(width))
     together = 8192 // slots // columns
     programs = 4 * multiprocessors
@@ -194,8 +195,9 @@ def _block(width: int) -> int:
 
 
 def run_kernel(
-    kernel, q_latent, q_rope, latent, k_rope, lengths, scale, block_table=None, out=None, parts=None
-) -> Tensor:
+    kernel, q_latent, q_rope, latent, k_rope, lengths, scale,
+    block_table=None, out=None, parts=None,
+) -> Tensor:  # fmt: skip
     """Split and combine: `kernel` reads the cache in `parts` parts, then partial results are merged."""
     batch, heads, width = q_latent.shape
     if out is None:
@@ -209,18 +211,9 @@ def run_kernel(
     partial_out = q_latent.new_empty(parts + batch, heads, width, dtype=torch.float32)
     partial_lse = q_latent.new_empty(parts + batch, heads, dtype=torch.float32)
     kernel.launch_split(
-        q_latent,
-        q_rope,
-        latent,
-        k_rope,
-        lengths,
-        scale,
-        block_table,
-        out,
-        partial_out,
-        partial_lse,
+        q_latent, q_rope, latent, k_rope, lengths, scale, block_table, out, partial_out, partial_lse,
         parts=parts,
-    )
+    )  # fmt: skip
     blocks = choose_combine_blocks(batch, heads, width, parts, _multiprocessors(q_latent.device))
     grid = (batch, ceil_div(heads, blocks["heads_each"]), ceil_div(width, blocks["COLUMNS"]))
     combine_kernel[grid](

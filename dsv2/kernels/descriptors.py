@@ -58,11 +58,11 @@ class DescriptorKernel:
     tail: int
     tile: int = TILE
     warps: int = 8
-    least_tiles: int = 2
+    least_tiles: int = 1
 
     @classmethod
     def for_heads(cls, heads: int) -> DescriptorKernel:
-        """16 heads; or 64, whose queries take as much shared memory as a tile: one stage and a tail less fit."""
+        """16 heads; or 64, whose queries take the shared memory of one stage more, and of a longer tail."""
         return cls(heads=16, stages=3, tail=64) if heads <= 32 else cls(heads=64, stages=2, tail=16)
 
     def launch_split(

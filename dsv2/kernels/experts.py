@@ -120,19 +120,24 @@ def norm_route_kernel(
     """The affinities of one token to some experts; the program that finishes last chooses among all."""
     begin(OVERLAP)
     b = tl.program_id(0)
-    column = tl.arange(0, WIDTH)
-    row = tl.load(x + b * x_b + column, mask=column < width, other=0.0)
-    gain = tl.load(norm_weight + column, mask=column < width, other=0.0)
-    normalised = normalise(row, gain, width, eps)
-    if tl.program_id(1) == 0:
-        tl.store(normed + b * width + column, normalised, mask=column < width)
+    column, one = tl.arange(0, WIDTH), tl.arange(0, ROWS)
+    is_column = column < width
     first = tl.program_id(1) * experts_each
     last = tl.minimum(first + experts_each, experts)
+    row = tl.load(x + b * x_b + column, mask=is_column, other=0.0)
+    gain = tl.load(norm_weight + column, mask=is_column, other=0.0)
+    router_at = router + one[:, None] * width + column
+    # Loaded before it is needed: while the norm waits for its sum, the first rows arrive.
+    e = tl.load(router_at + first * width, mask=(first + one[:, None] < last) & is_column, other=0.0)
+    normalised = normalise(row, gain, width, eps)
+    if tl.program_id(1) == 0:
+        tl.store(normed + b * width + column, normalised, mask=is_column)
     for start in range(first, last, ROWS):
-        one = start + tl.arange(0, ROWS)
-        there = (one[:, None] < last) & (column < width)
-        e = tl.load(router + one[:, None] * width + column, mask=there, other=0.0).to(tl.float32)
-        tl.store(scores + b * experts + one, tl.sum(e * normalised.to(tl.float32), 1), mask=one < last)
+        products = tl.sum(e.to(tl.float32) * normalised.to(tl.float32), 1)
+        tl.store(scores + b * experts + start + one, products, mask=start + one < last)
+        following = start + ROWS
+        is_row = following + one[:, None] < last
+        e = tl.load(router_at + following * width, mask=is_row & is_column, other=0.0)
     tl.debug_barrier()  # all threads have written before one of them says so
     arrived = tl.atomic_add(arrivals + b, 1, sem="acq_rel")
     if arrived == tl.num_programs(1) - 1:

@@ -229,12 +229,6 @@ def copy(buffers, barriers, work, source, PAGED: gl.constexpr):
     while here < stop:
         last = gl.minimum(stop, first + gl.cdiv(gl.load(lengths + b), TILE))
         if last > here:
-            mbarrier.wait(q_free.index(0), q_phase)
-            q_phase ^= 1
-            mbarrier.expect(q_full.index(0), q_bytes)
-            tma_load(q_latent, [b, first_head, 0], q_full.index(0), q.index(0))
-            tma_load(q_latent, [b, first_head, HALF], q_full.index(0), q.index(1))
-            tma_load(q_rope, [b, first_head, 0], q_full.index(0), q_r.index(0))
             for i in range(0, last - here):
                 block, token = b, (here - first + i) * TILE
                 if PAGED:
@@ -252,6 +246,13 @@ def copy(buffers, barriers, work, source, PAGED: gl.constexpr):
                 mbarrier.expect(full.index(far), half_bytes + rope_bytes)
                 tma_load(latent, [block, token, HALF * (1 - owner)], full.index(far), c.index(far))
                 tma_load(k_rope, [block, token, 0], full.index(far), c_r.index(owner))
+                if i == 0:  # behind the first tile, whose place is free before that of the queries
+                    mbarrier.wait(q_free.index(0), q_phase)
+                    q_phase ^= 1
+                    mbarrier.expect(q_full.index(0), q_bytes)
+                    tma_load(q_latent, [b, first_head, 0], q_full.index(0), q.index(0))
+                    tma_load(q_latent, [b, first_head, HALF], q_full.index(0), q.index(1))
+                    tma_load(q_rope, [b, first_head, 0], q_full.index(0), q_r.index(0))
             here = last
         first = last
         b += 1

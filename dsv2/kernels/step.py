@@ -47,8 +47,7 @@ def linear_reference(x: Tensor, weight: Tensor, residual: Tensor | None = None) 
 def heads_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Every head's own product: x (B, H, X), weight (H, Y, X) -> (B, H, Y), any strides.
 
-    heads_linear(q_nope, w_uk.mT) absorbs W^UK into the query, heads_linear(o_latent, w_uv) applies W^UV; no
-    input, weight or output is transposed in memory.
+    heads_linear(mixed, w_uv) applies W^UV; no input, weight or output is transposed in memory.
     """
     if x.shape[0] > FEW_TOKENS or not uses_kernels(x):
         return heads_linear_reference(x, weight)
@@ -65,7 +64,7 @@ def launch_linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> 
     batch, heads, channels = x.shape
     width = weight.shape[1]
     out = x.new_empty(batch, heads, width)
-    blocks = choose_product_blocks(batch, heads * width, x.element_size(), by_column=weight.stride(1) == 1)
+    blocks = choose_product_blocks(batch, channels, heads * width, x.element_size())
     grid = (ceil_div(width, blocks["ROWS"]), heads, ceil_div(batch, blocks["TOKENS"]))
     linear_kernel[grid](
         x, weight, x if residual is None else residual, out,
@@ -76,18 +75,18 @@ def launch_linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> 
     return out
 
 
-def choose_product_blocks(
-    batch: int, outputs: int, itemsize: int, by_column: bool = False
-) -> dict[str, int]:
+def choose_product_blocks(batch: int, channels: int, outputs: int, itemsize: int) -> dict[str, int]:
     """Tokens, and rows and columns of the weights' tile, in a program of the product.
 
     A program takes all tokens, so that each weight is read once. Few rows, so that there are programs enough
-    for every multiprocessor; each row in pieces of 512 bytes. by_column: neighbours in memory are of the same
-    column; then a piece is 128 bytes of each column.
+    for every multiprocessor; each row in pieces of 512 bytes or more. A single token needs no tensor cores:
+    a program has 16 KB of weights, which it asks for at once, and adds up what its threads find.
     """
+    if batch == 1:
+        columns = min(triton.next_power_of_2(channels), 4096 // itemsize)
+        rows = min(16384 // itemsize // columns, 32) * (1 if outputs <= 8192 else 2)
+        return {"TOKENS": 1, "ROWS": rows, "COLUMNS": columns, "STAGES": 1, "num_warps": 4}
     tokens = 16 if batch <= 16 else 32 if batch <= 32 else 64
-    if by_column:
-        return {"TOKENS": tokens, "ROWS": 128 // itemsize, "COLUMNS": 64, "STAGES": 3, "num_warps": 4}
     rows = 16 if outputs <= 8192 else 32
     columns = (512 if tokens == 16 else 256) // itemsize
     return {"TOKENS": tokens, "ROWS": rows, "COLUMNS": columns, "STAGES": 4, "num_warps": 4}
@@ -102,8 +101,22 @@ def linear_kernel(
 ):  # fmt: skip
     """ROWS outputs of one head for TOKENS tokens."""
     begin(OVERLAP)
+    multiply(
+        x, weight, residual, out, tl.program_id(1),
+        x_b, x_h, weight_h, weight_y, weight_x, residual_b, out_b, out_h, batch, width, channels,
+        TOKENS, ROWS, COLUMNS, EVEN, RESIDUAL, STAGES,
+    )  # fmt: skip
+
+
+@jit
+def multiply(
+    x, weight, residual, out, head,
+    x_b, x_h, weight_h, weight_y, weight_x, residual_b, out_b, out_h, batch, width, channels,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """This program's outputs of `head`, as `linear_kernel` says."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    head = tl.program_id(1)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, COLUMNS)
     is_token, is_row = token[:, None] < batch, row[:, None] < width
@@ -120,7 +133,10 @@ def linear_kernel(
             is_column = start + column < channels
             a = tl.load(x_at + start, mask=is_token & is_column, other=0.0)
             w = tl.load(weight_at + start * weight_x, mask=is_row & is_column, other=0.0)
-        total = tl.dot(a, w.T, total, input_precision="ieee")
+        if TOKENS == 1:
+            total += tl.sum(w.to(tl.float32) * a.to(tl.float32), 1)[None, :]
+        else:
+            total = tl.dot(a, w.T, total, input_precision="ieee")
     kept = is_token & (row < width)
     if RESIDUAL:
         total += tl.load(residual + token[:, None] * residual_b + row, mask=kept, other=0.0).to(tl.float32)
@@ -173,12 +189,13 @@ def add_norm_kernel(
     tl.store(normed + b * width + column, normalise(total, gain, width, eps), mask=is_column)
 
 
-# --------------------------------------------------------------------------------- the latent's way in
+# ---------------------------------------------------------------- the query absorbed, the latent's way in
 
 
-def append_latent(
+def absorb_append(
+    q: Tensor,
+    w_uk: Tensor,
     compressed: Tensor,
-    q_rope: Tensor,
     norm_weight: Tensor,
     eps: float,
     angles: Tensor,
@@ -187,36 +204,48 @@ def append_latent(
     k_rope: Tensor,
     lengths: Tensor,
     active: Tensor,
-) -> Tensor:
-    """Write each active sequence's new token to the cache; returns the rotated queries (B, H, R).
+) -> tuple[Tensor, Tensor]:
+    """A token's queries as attention over latents wants them; and the token itself into the cache.
 
-    compressed: (B, C + R), what W^DKV and W^KR give: the latent is normalised, the key rotated. q_rope: (B,
-    H, R), not yet rotated. angles: (B, R / 2) float32, position times frequency, and length: what cosine and
-    sine are multiplied by (YaRN). latent: (B, S, C) and k_rope: (B, S, R), the cache of one layer, written at
-    slot lengths[b]; nothing is written where `active` (B,) int32 is 0.
+    q: (B, H, N + R), of which the first N channels are multiplied by W^UK (H, N, C), the last R rotated:
+    returns (B, H, C) and (B, H, R). compressed: (B, C + R), W^DKV h and W^KR h: the latent is normalised,
+    the key rotated. angles: (B, R / 2) float32, position times frequency, and length: what cosine and sine
+    are multiplied by (YaRN). latent: (B, S, C) and k_rope: (B, S, R), the cache of one layer, written at slot
+    lengths[b]; nothing is written where `active` (B,) int32 is 0.
     """
-    if not uses_kernels(compressed):
-        return append_latent_reference(
-            compressed, q_rope, norm_weight, eps, angles, length, latent, k_rope, lengths, active
-        )
-    batch, heads, rope = q_rope.shape
-    width = latent.shape[-1]
-    rotated = q_rope.new_empty(batch, heads, rope)
-    append_kernel[(batch, heads + 1)](
-        compressed, q_rope, norm_weight, angles, latent, k_rope, lengths, active, rotated,
-        compressed.stride(0), *q_rope.stride()[:2], *latent.stride()[:2], *k_rope.stride()[:2],
-        heads, width, rope // 2, eps, length,
-        WIDTH=triton.next_power_of_2(width), PAIRS=triton.next_power_of_2(rope // 2),
-        **overlap(q_rope.device),
+    arguments = (q, w_uk, compressed, norm_weight, eps, angles, length, latent, k_rope, lengths, active)
+    if not uses_kernels(q):
+        return absorb_append_reference(*arguments)
+    batch, heads, _ = q.shape
+    _, nope, width = w_uk.shape
+    rope = k_rope.shape[-1]
+    q_latent, q_rope = q.new_empty(batch, heads, width), q.new_empty(batch, heads, rope)
+    blocks = choose_absorb_blocks(batch, q.element_size())
+    rows = ceil_div(width, blocks["ROWS"])
+    absorb_append_kernel[(rows, heads + ceil_div(batch, rows), ceil_div(batch, blocks["TOKENS"]))](
+        q, w_uk, compressed, norm_weight, angles, latent, k_rope, lengths, active, q_latent, q_rope,
+        *q.stride()[:2], *w_uk.stride(), compressed.stride(0), *latent.stride()[:2], *k_rope.stride()[:2],
+        batch, heads, nope, width, rope // 2, eps, length,
+        HEADS=triton.next_power_of_2(heads), WIDTH=triton.next_power_of_2(width),
+        PAIRS=triton.next_power_of_2(rope // 2),
+        EVEN=width % blocks["ROWS"] == 0 and nope % blocks["COLUMNS"] == 0, **blocks, **overlap(q.device),
     )  # fmt: skip
-    return rotated
+    return q_latent, q_rope
 
 
-def append_latent_reference(
-    compressed, q_rope, norm_weight, eps, angles, length, latent, k_rope, lengths, active
-) -> Tensor:
-    """What `append_latent` computes, in plain PyTorch."""
+def choose_absorb_blocks(batch: int, itemsize: int) -> dict[str, int]:
+    """Tokens, and rows and columns of the weights' tile. Neighbours in memory are latent channels, rows here:
+    128 bytes of them, for 64 of a head's channels at once."""
+    tokens = 16 if batch <= 16 else 32 if batch <= 32 else 64
+    return {"TOKENS": tokens, "ROWS": 128 // itemsize, "COLUMNS": 64, "STAGES": 3, "num_warps": 4}
+
+
+def absorb_append_reference(
+    q, w_uk, compressed, norm_weight, eps, angles, length, latent, k_rope, lengths, active
+) -> tuple[Tensor, Tensor]:
+    """What `absorb_append` computes, in plain PyTorch."""
     cos, sin = angles.cos() * length, angles.sin() * length
+    q_nope, q_rope = q.split([w_uk.shape[1], k_rope.shape[-1]], dim=-1)
     new, key = compressed.split([latent.shape[-1], k_rope.shape[-1]], dim=-1)
     rows = torch.arange(len(lengths), device=lengths.device)
     slots = lengths.long().clamp(max=latent.shape[1] - 1)
@@ -224,39 +253,58 @@ def append_latent_reference(
     new, key = rms_norm(new, norm_weight, eps), rotate_pairs(key[:, None], cos, sin)[:, 0]
     latent[rows, slots] = torch.where(kept, new, latent[rows, slots])
     k_rope[rows, slots] = torch.where(kept, key, k_rope[rows, slots])
-    return rotate_pairs(q_rope, cos, sin)
+    return heads_linear_reference(q_nope, w_uk.mT), rotate_pairs(q_rope, cos, sin)
 
 
 @jit
-def append_kernel(
-    compressed, q_rope, norm_weight, angles, latent, k_rope, lengths, active, rotated,
-    compressed_b, q_b, q_h, latent_b, latent_s, k_rope_b, k_rope_s, heads, width, pairs, eps, length,
-    WIDTH: tl.constexpr, PAIRS: tl.constexpr, OVERLAP: tl.constexpr,
+def absorb_append_kernel(
+    q, w_uk, compressed, norm_weight, angles, latent, k_rope, lengths, active, q_latent, q_rope,
+    q_b, q_h, w_uk_h, w_uk_n, w_uk_c, compressed_b, latent_b, latent_s, k_rope_b, k_rope_s,
+    batch, heads, nope, width, pairs, eps, length,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr,
+    WIDTH: tl.constexpr, PAIRS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One head's rotary query; or, as the last program of a sequence, the token's latent and rotary key."""
+    """ROWS channels of a head's absorbed queries; behind the last head, one token's rotations and its entry."""
     begin(OVERLAP)
-    b, head = tl.program_id(0), tl.program_id(1)
-    pair = tl.arange(0, PAIRS)
-    is_pair = pair < pairs
-    angle = tl.load(angles + b * pairs + pair, mask=is_pair, other=0.0)
-    cos, sin = tl.cos(angle) * length, tl.sin(angle) * length
-    if head < heads:
-        turn(q_rope + b * q_b + head * q_h, rotated + (b * heads + head) * 2 * pairs, pair, is_pair, cos, sin)
-    elif tl.load(active + b) != 0:
-        slot = tl.load(lengths + b).to(tl.int64)
-        from_ = compressed + b * compressed_b
-        column = tl.arange(0, WIDTH)
-        x = tl.load(from_ + column, mask=column < width, other=0.0)
-        gain = tl.load(norm_weight + column, mask=column < width, other=0.0)
-        to = latent + b.to(tl.int64) * latent_b + slot * latent_s + column
-        tl.store(to, normalise(x, gain, width, eps), mask=column < width)
-        turn(from_ + width, k_rope + b.to(tl.int64) * k_rope_b + slot * k_rope_s, pair, is_pair, cos, sin)
+    if tl.program_id(1) < heads:
+        multiply(
+            q, w_uk, q, q_latent, tl.program_id(1),
+            q_b, q_h, w_uk_h, w_uk_c, w_uk_n, 0, heads * width, width, batch, width, nope,
+            TOKENS, ROWS, COLUMNS, EVEN, False, STAGES,
+        )  # fmt: skip
+    else:
+        b = (tl.program_id(1) - heads) * tl.num_programs(0) + tl.program_id(0)
+        if (b < batch) & (tl.program_id(2) == 0):
+            # All loads first: each takes as long as everything else here.
+            pair, column, head = tl.arange(0, PAIRS), tl.arange(0, WIDTH), tl.arange(0, HEADS)[:, None]
+            is_pair, is_column, is_query = pair < pairs, column < width, (head < heads) & (pair < pairs)
+            new = compressed + b * compressed_b
+            query = q + b * q_b + head * q_h + nope
+            angle = tl.load(angles + b * pairs + pair, mask=is_pair, other=0.0)
+            key_0, key_1 = load_pairs(new + width, pair, is_pair)
+            query_0, query_1 = load_pairs(query, pair, is_query)
+            x = tl.load(new + column, mask=is_column, other=0.0)
+            gain = tl.load(norm_weight + column, mask=is_column, other=0.0)
+            slot = tl.load(lengths + b).to(tl.int64)
+            kept = tl.load(active + b)  # 0 or 1
+            cos, sin = tl.cos(angle) * length, tl.sin(angle) * length
+            turn(query_0, query_1, q_rope + (b * heads + head) * 2 * pairs, pair, is_query, cos, sin)
+            key = k_rope + b.to(tl.int64) * k_rope_b + slot * k_rope_s
+            turn(key_0, key_1, key, pair, pair < pairs * kept, cos, sin)
+            at = latent + b.to(tl.int64) * latent_b + slot * latent_s + column
+            tl.store(at, normalise(x, gain, width, eps), mask=column < width * kept)
 
 
 @jit
-def turn(from_, to, pair, is_pair, cos, sin):
-    """(x_0 cos - x_1 sin, x_0 sin + x_1 cos) for each pair of neighbouring channels."""
-    x0 = tl.load(from_ + 2 * pair, mask=is_pair, other=0.0).to(tl.float32)
-    x1 = tl.load(from_ + 2 * pair + 1, mask=is_pair, other=0.0).to(tl.float32)
-    tl.store(to + 2 * pair, (x0 * cos - x1 * sin).to(to.dtype.element_ty), mask=is_pair)
-    tl.store(to + 2 * pair + 1, (x0 * sin + x1 * cos).to(to.dtype.element_ty), mask=is_pair)
+def load_pairs(from_, pair, there):
+    """Pairs of neighbouring channels, in float32."""
+    x0 = tl.load(from_ + 2 * pair, mask=there, other=0.0)
+    x1 = tl.load(from_ + 2 * pair + 1, mask=there, other=0.0)
+    return x0.to(tl.float32), x1.to(tl.float32)
+
+
+@jit
+def turn(x0, x1, to, pair, there, cos, sin):
+    """(x_0 cos - x_1 sin, x_0 sin + x_1 cos) for each pair."""
+    tl.store(to + 2 * pair, (x0 * cos - x1 * sin).to(to.dtype.element_ty), mask=there)
+    tl.store(to + 2 * pair + 1, (x0 * sin + x1 * cos).to(to.dtype.element_ty), mask=there)
