@@ -1,7 +1,7 @@
-"""Every kernel once, for NVIDIA's checker: `compute-sanitizer --tool memcheck python tests/sanitizer.py`.
+"""Kernels once each, for NVIDIA's checker: `compute-sanitizer --tool memcheck python tests/sanitizer.py`.
 
-Also under `--tool racecheck`. Each launch is small, as the tools slow kernels down a hundredfold; lengths are
-ragged, one of them 0, no block is filled.
+Names (PARTS) choose among them. Each launch is small, as the tools slow kernels down a hundredfold; lengths
+are ragged, one of them 0, no block is filled.
 """
 
 from __future__ import annotations
@@ -22,12 +22,20 @@ BF16 = torch.bfloat16
 WIDE = Case(lengths=(130, 0, 65, 1), heads=70, width=512, rope=64, dtype=BF16, parts=3)
 
 
-def attention() -> None:
+def portable() -> None:
     small = TritonKernel(heads=16, tile=16, warps=4, stages=2)
     for case in (SELECTED[0], SELECTED[3]):
         launch(case, small)
+
+
+def with_descriptors() -> None:
+    for heads in (16, 70):
+        for case in (Case(**{**vars(WIDE), "heads": heads, "page": page}) for page in (0, 64)):
+            launch(case, descriptors.DescriptorKernel.for_heads(heads))
+
+
+def in_gluon() -> None:
     for case in (WIDE, Case(**{**vars(WIDE), "page": 64})):
-        launch(case, descriptors.DescriptorKernel.for_heads(case.heads))
         launch(case, hopper.HopperKernel())
 
 
@@ -38,8 +46,8 @@ def launch(case: Case, kernel) -> None:
 
 
 def decode_step() -> None:
-    def normal(*shape, dtype=torch.float32):
-        return torch.randn(*shape, device="cuda", dtype=dtype)
+    def normal(*shape):
+        return torch.randn(*shape, device="cuda")
 
     x = normal(5, 130)
     step.launch_linear(x[:, None], normal(1, 50, 130), normal(5, 50))
@@ -63,15 +71,30 @@ def decode_step() -> None:
     stacks = normal(12, 2 * 40, 130), normal(12, 130, 40), normal(2 * 40, 130), normal(130, 40)
     for count in (1, 5):  # few pairs, many pairs
         experts.launch_experts(x[:count], ids[:count], weights[:count], *stacks)
-    prefill.swiglu(normal(3, 84))
-    prefill.rms_norm(x, normal(130), 1e-6)
-    prefill.rotate_pairs(normal(2, 3, 5, 12), normal(2, 3, 6), normal(2, 3, 6))
-    prefill.add_up(normal(15, 45), weights, torch.randperm(15, device="cuda"))
 
+
+def passes() -> None:
+    def normal(*shape):
+        return torch.randn(*shape, device="cuda")
+
+    prefill.swiglu(normal(3, 84))
+    prefill.rms_norm(normal(5, 130), normal(130), 1e-6)
+    prefill.rotate_pairs(normal(2, 3, 5, 12), normal(2, 3, 6), normal(2, 3, 6))
+    prefill.add_up(normal(15, 45), normal(5, 3), torch.randperm(15, device="cuda"))
+
+
+PARTS = {
+    "portable": portable,
+    "descriptors": with_descriptors,
+    "gluon": in_gluon,
+    "step": decode_step,
+    "prefill": passes,
+}
 
 if __name__ == "__main__":
+    names = sys.argv[1:] or list(PARTS)
     with torch.no_grad():
-        attention()
-        decode_step()
+        for name in names:
+            PARTS[name]()
     torch.cuda.synchronize()
-    print("all kernels were launched")
+    print("launched:", *names)

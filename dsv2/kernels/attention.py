@@ -174,19 +174,22 @@ def choose_combine_blocks(
 ) -> dict[str, int]:
     """SLOTS partial results by HEADS by COLUMNS in a tile of the combine kernel, and `heads_each` program.
 
-    All parts that a sequence is likely to have are read at once, in tiles of 8,192 numbers, by about four
-    programs for each multiprocessor.
+    All parts that a sequence is likely to have are read at once, in tiles of up to 8,192 numbers, by about
+    eight programs for each multiprocessor: small ones, as most of their time is waiting.
 
     >>> choose_combine_blocks(batch=1, heads=128, width=512, parts=32, multiprocessors=132)
     {'SLOTS': 32, 'HEADS': 1, 'COLUMNS': 256, 'heads_each': 1}
     """
     slots = min(max(triton.next_power_of_2(ceil_div(parts, batch)), 2), 256)
     columns = min(8192 // slots, _block(width))
-    together = 8192 // slots // columns
-    programs = 4 * multiprocessors
-    each = max(ceil_div(batch * heads * ceil_div(width, columns), programs), 1)
-    each = ceil_div(each, together) * together
-    return {"SLOTS": slots, "HEADS": together, "COLUMNS": columns, "heads_each": each}
+    together = max(4 // slots, 1)
+    each = ceil_div(batch * heads * ceil_div(width, columns), 8 * multiprocessors)
+    return {
+        "SLOTS": slots,
+        "HEADS": together,
+        "COLUMNS": columns,
+        "heads_each": ceil_div(each, together) * together,
+    }
 
 
 def _block(width: int) -> int:
