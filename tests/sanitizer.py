@@ -45,28 +45,22 @@ def launch(case: Case, kernel) -> None:
     run_kernel(kernel, *arguments[:5], case.scale, inputs.block_table, poisoned(inputs), case.parts)
 
 
-def decode_step() -> None:
-    def normal(*shape):
-        return torch.randn(*shape, device="cuda")
+def normal(*shape):
+    return torch.randn(*shape, device="cuda")
 
+
+def decode_step() -> None:
     x = normal(5, 130)
-    step.launch_linear(x[:, None], normal(1, 50, 130), normal(5, 50))
+    for few in (x, x[:1]):  # with tensor cores, without
+        step.launch_linear(few[:, None], normal(1, 50, 130), normal(len(few), 50))
     step.add_norm(x, normal(5, 3, 130), normal(130), 1e-6)
     lengths = torch.tensor([0, 3, 8, 2, 1], dtype=torch.int32, device="cuda")
     cache = normal(5, 9, 24), normal(5, 9, 10)
     active = torch.tensor([1, 1, 1, 0, 1], dtype=torch.int32, device="cuda")
     step.absorb_append(
-        normal(5, 3, 22),
-        normal(3, 12, 24),
-        normal(5, 34),
-        normal(24),
-        1e-6,
-        normal(5, 5),
-        1.0,
-        *cache,
-        lengths,
-        active,
-    )
+        normal(5, 3, 22), normal(3, 12, 24), normal(5, 34), normal(24), 1e-6, normal(5, 5), 1.0, *cache,
+        lengths, active,
+    )  # fmt: skip
     _, ids, weights, _ = experts.norm_route(x, normal(130), 1e-6, normal(12, 130), experts.Choice(3, 4, 2))
     stacks = normal(12, 2 * 40, 130), normal(12, 130, 40), normal(2 * 40, 130), normal(130, 40)
     for count in (1, 5):  # few pairs, many pairs
@@ -74,9 +68,6 @@ def decode_step() -> None:
 
 
 def passes() -> None:
-    def normal(*shape):
-        return torch.randn(*shape, device="cuda")
-
     prefill.swiglu(normal(3, 84))
     prefill.rms_norm(normal(5, 130), normal(130), 1e-6)
     prefill.rotate_pairs(normal(2, 3, 5, 12), normal(2, 3, 6), normal(2, 3, 6))

@@ -264,7 +264,7 @@ def absorb_append_kernel(
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr,
     WIDTH: tl.constexpr, PAIRS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """ROWS channels of a head's absorbed queries; behind the last head, a token's rotations and cache entry."""
+    """ROWS channels of a head's absorbed queries; behind the last head, a token's rotations and entry."""
     begin(OVERLAP)
     if tl.program_id(1) < heads:
         multiply(
