@@ -30,12 +30,15 @@ SMALL = TritonKernel(heads=16, tile=16, warps=4, stages=2)  # many tiles, howeve
 
 def kernels_for(case: Case):
     """The kernels that can take a case: with small tiles, with a small GPU's blocks, as the device has it."""
+    if (
+        ON_GPU and case.seed % 3
+    ):  # each kernel of a case is compiled: most cases take the device's choice alone
+        yield None
+        return
     itemsize = torch.empty((), dtype=case.dtype).element_size()
-    large = max(case.lengths) > 300 or len(case.lengths) > 10  # compiled, a kernel a case is enough
-    if not large:
+    if max(case.lengths) <= 300 and len(case.lengths) <= 10:
         yield SMALL
-    if not large or case.seed % 4 == 0:
-        yield choose_blocks(case.width, case.rope, itemsize, 99 * 1024, case.page or None)
+    yield choose_blocks(case.width, case.rope, itemsize, 99 * 1024, case.page or None)
     if ON_GPU:
         yield None
 
@@ -79,7 +82,7 @@ SMALL_CASES = st.builds(
     sharpness=st.sampled_from((0.1, 1.0, 30.0)),
     seed=st.integers(0, 2**31),
 )
-LARGE_CASES = st.builds(  # few widths: each is compiled anew
+LARGE_CASES = st.builds(  # few widths and numbers of parts: for each, kernels are compiled anew
     Case,
     lengths=st.one_of(
         lengths_up_to(3000), st.lists(st.integers(0, 500), min_size=1, max_size=256).map(tuple)
@@ -91,7 +94,7 @@ LARGE_CASES = st.builds(  # few widths: each is compiled anew
     spare=st.integers(0, 100),
     page=st.sampled_from((0, 0, 64, 64, 16)),
     layout=st.sampled_from(LAYOUTS),
-    parts=st.one_of(st.none(), st.integers(1, 200)),
+    parts=st.sampled_from((None, None, 1, 3, 40, 200)),
     sharpness=st.sampled_from((0.1, 1.0, 30.0)),
     seed=st.integers(0, 2**31),
 )
@@ -114,7 +117,7 @@ def test_any_small_case_equals_float64(case):
 @pytest.mark.parametrize("part", range(20))  # parts, so that several processes can share the work
 def test_any_large_case_equals_float64_on_a_gpu(part):
     @hypothesis.seed(part)
-    @hypothesis.settings(max_examples=30, database=None)
+    @hypothesis.settings(max_examples=26, database=None)
     @hypothesis.given(case=LARGE_CASES)
     def run(case):
         check(case)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 GRAPH_CALLS = 16  # at least, in a graph that is timed
+ENOUGH, LEAST = 0.3, 5  # seconds after which a graph is not replayed again, but so often at least
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def graph_seconds(calls: Sequence[Callable[[], object]], repeats: int = 15) -> float:
-    """Seconds of one call: the median of replays of a CUDA graph that makes all of them, one after another.
+    """Seconds of one call: the median of up to `repeats` replays of a CUDA graph that makes all of them.
 
     A graph leaves no gaps between kernels for Python to fill. The calls should work on different memory, so
     that the L2 cache does not serve one what another has left there.
@@ -75,14 +76,16 @@ def graph_seconds(calls: Sequence[Callable[[], object]], repeats: int = 15) -> f
         for call in calls:
             call()
     times = []
-    for _ in range(repeats + 2):
+    while len(times) < repeats + 2:
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
         graph.replay()
         last.record()
         last.synchronize()
-        times.append(first.elapsed_time(last) / 1e3 / len(calls))
-    return statistics.median(times[2:])
+        times.append(first.elapsed_time(last) / 1e3)
+        if sum(times) > ENOUGH and len(times) >= LEAST + 2:
+            break
+    return statistics.median(times[2:]) / len(calls)
 
 
 def product_rate(size: int = 8192, dtype: torch.dtype = torch.bfloat16) -> float:

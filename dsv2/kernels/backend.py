@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 
-COUNTS = {"batch", "heads", "heads_each", "experts_each", "parts", "page"}
+COUNTS = {"batch", "heads", "heads_each", "experts_each", "parts", "page", "table_b"}
 OLDEST_TRITON = (3, 3)
 OLDEST = (8, 0)  # compute capability: on Turing (7.5) Triton no longer reaches the tensor cores
 
