@@ -38,6 +38,14 @@ class Case:
     def scale(self) -> float:
         return self.sharpness / (self.width + self.rope) ** 0.5
 
+    @property
+    def tolerance(self) -> float:
+        """TOLERANCE, and what one rounding in float32 of the largest partial sum of a score does to a weight.
+
+        A score is scale q c^T, and scale |q| |c| is about sharpness sqrt(width + rope).
+        """
+        return TOLERANCE[self.dtype] + self.sharpness * (self.width + self.rope) ** 0.5 * 2**-24
+
 
 @dataclass
 class Inputs:
