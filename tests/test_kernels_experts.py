@@ -129,10 +129,8 @@ WRONG = {  # what is changed in the text of the kernels: the old words, the new 
 }
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("mistake", WRONG)
-def test_wrong_experts_are_rejected(mistake, tmp_path):
-    old, new = WRONG[mistake]
+def wrong_module(tmp_path: Path, old: str, new: str):
+    """The module of the kernels with one change in its text."""
     source = Path(experts.__file__).read_text(encoding="utf-8")
     assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {experts.__file__}"
     path = tmp_path / "wrong_experts.py"
@@ -141,6 +139,14 @@ def test_wrong_experts_are_rejected(mistake, tmp_path):
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    module.uses_kernels = lambda x: True
+    return module
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("mistake", WRONG)
+def test_wrong_experts_are_rejected(mistake, tmp_path):
+    module = wrong_module(tmp_path, *WRONG[mistake])
     found = []
     for name in LAYERS:
         given = layer(name, torch.float32)
@@ -167,17 +173,17 @@ def test_router_equals_the_reference(choice, dtype):
     assert relative(weights, expected[2]) < max(TOLERANCE[dtype], 1e-5)
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
-def test_router_equals_float64(choice):
+def check_router(module, choice: Choice, batch: int = 5, width: int = 130) -> None:
     """Token by token: devices sorted by their best expert, then the experts on the first of them."""
-    x, gain, router = normal(1, 5, 130), normal(2, 130), normal(3, 12, 130, scale=0.1)
-    normed, ids, weights, scores = experts.norm_route(x, gain, 1e-6, router, choice)
+    x, gain = normal(1, batch, width), normal(2, width)
+    router, arrivals = normal(3, 12, width, scale=width**-0.5), torch.zeros(batch, dtype=torch.int32)
+    normed, ids, weights, scores = module.norm_route(x, gain, 1e-6, router, choice, arrivals.to(DEVICE))
     for b, row in enumerate(x.double()):
         row = row / (row.square().mean() + 1e-6).sqrt() * gain.double()
         assert relative(normed[b], row) < TOLERANCE[torch.float32]
         powers = (router.double() @ row).exp()
         affinity = (powers / powers.sum()).tolist()
-        # float32 over 130 products, and the exponential makes an absolute error of a logit a relative one
+        # float32 over the products, and the exponential makes an absolute error of a logit a relative one
         assert relative(scores[b], torch.tensor(affinity, device=DEVICE)) < 1e-5
         each = 12 // (choice.n_group or 12)
         devices = sorted(range(12 // each), key=lambda g: -max(affinity[g * each : (g + 1) * each]))
@@ -188,6 +194,71 @@ def test_router_equals_float64(choice):
         assert ids[b].tolist() == chosen
         expected = torch.tensor([affinity[e] * factor for e in chosen], dtype=torch.float64, device=DEVICE)
         assert relative(weights[b], expected) < 1e-5
+
+
+# One program for a token's experts, several, and several that take some of them one after the other.
+ROUTED = ((5, 130), (5, 2050), (64, 2050))
+
+
+@pytest.mark.parametrize("batch, width", ROUTED)
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_router_equals_float64(choice, batch, width):
+    check_router(experts, choice, batch, width)
+
+
+def test_experts_are_shared_out_over_programs():
+    """The shapes of ROUTED are what they are meant to be."""
+    found = []
+    for batch, width in ROUTED:
+        blocks = experts.choose_route_blocks(batch, 12, width)
+        found.append((-(-12 // blocks["experts_each"]) > 1, blocks["experts_each"] > blocks["ROWS"]))
+    assert found == [(False, False), (True, False), (True, True)]
+
+
+def test_routers_that_follow_each_other_share_their_arrivals():
+    arrivals = torch.zeros(9, dtype=torch.int32, device=DEVICE)
+    x, gain, router = normal(1, 5, 2050), normal(2, 2050), normal(3, 12, 2050, scale=0.02)
+    expected = experts.norm_route(x, gain, 1e-6, router, Choice(3))
+    for _ in range(3):
+        found = experts.norm_route(x, gain, 1e-6, router, Choice(3), arrivals)
+        assert not arrivals.any()
+        for part, other in zip(found, expected):
+            assert torch.equal(part, other)
+
+
+WRONG_ROUTERS = {
+    "the first program to finish chooses": (
+        "if arrived == tl.num_programs(1) - 1:",
+        "if arrived == 0:",
+    ),
+    "a program's later experts are lost": (
+        "for start in range(first, last, ROWS):",
+        "for start in range(first, first + 1, ROWS):",
+    ),
+    "the next experts are read too late": ("following = start + ROWS", "following = start + 2 * ROWS"),
+    "the worst are chosen": ("ahead = (other > value[None, :])", "ahead = (other < value[None, :])"),
+    "devices are not limited": ("tl.where(place < topk_group, open_, tl.minimum(open_, -0.5))", "open_"),
+    "weights are normalised over all experts": (
+        "tl.sum(tl.where(chosen, score, 0.0), 0)",
+        "tl.sum(score, 0)",
+    ),
+    "the scaling is forgotten": ("weight = score * scaling", "weight = score"),
+    "a device is as good as its worst expert": (
+        "best = tl.max(tl.where(mine[:, None] == group, open_[:, None], -1.0), 0)",
+        "best = -tl.max(tl.where(mine[:, None] == group, -open_[:, None], -1.0), 0)",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.skipif(DEVICE == "cuda", reason="what an unfinished router leaves there may be anything")
+@pytest.mark.parametrize("mistake", WRONG_ROUTERS)
+def test_wrong_routers_are_rejected(mistake, tmp_path):
+    module = wrong_module(tmp_path, *WRONG_ROUTERS[mistake])
+    with pytest.raises(AssertionError):
+        for choice in CHOICES:
+            for batch, width in ROUTED:
+                check_router(module, choice, batch, width)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -61,8 +61,7 @@ def mla_decode(
     arguments = (q_latent, q_rope, latent, k_rope, lengths, scale)
     problem = kernel_problem(q_latent.device)
     if problem is None:
-        kernel = choose_kernel(*arguments[:4], block_table)
-        return run_kernel(kernel, *arguments, block_table, out)
+        return run_kernel(choose_kernel(*arguments[:4], block_table), *arguments, block_table, out)
     if q_latent.is_cuda:
         _say_once(f"mla_decode runs in plain PyTorch, in float16: {problem}")
         arguments = (*(x.half() if x.dtype == torch.bfloat16 else x for x in arguments[:4]), lengths, scale)
@@ -198,9 +197,8 @@ def _block(width: int) -> int:
 
 
 def run_kernel(
-    kernel, q_latent, q_rope, latent, k_rope, lengths, scale,
-    block_table=None, out=None, parts=None,
-) -> Tensor:  # fmt: skip
+    kernel, q_latent, q_rope, latent, k_rope, lengths, scale, block_table=None, out=None, parts=None
+) -> Tensor:
     """Split and combine: `kernel` reads the cache in `parts` parts, then partial results are merged."""
     batch, heads, width = q_latent.shape
     if out is None:
