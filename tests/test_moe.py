@@ -287,6 +287,17 @@ def test_grouped_and_sorted_products_agree(load):
         torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)
 
 
+def test_the_gradient_by_hand_is_autograds():
+    """In float64, against finite differences; experts without rows, with one, and with several."""
+    torch.manual_seed(0)
+    load = torch.tensor([2, 0, 1, 4])
+    x, w_gate_up, w_down = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((7, 5), (4, 6, 5), (4, 5, 3))
+    )
+    assert torch.autograd.gradcheck(lambda *inputs: run_sorted(*inputs, load), (x, w_gate_up, w_down))
+
+
 # ---------------------------------------------------------------------------------------------- dropping
 
 

@@ -9,6 +9,7 @@ import sys
 BENCHMARKS = {
     "decode": "attention over the latent cache: our kernels, their peers and the hardware's limit",
     "generate": "decoding and prefill of a V2-Lite-shaped model against transformers and the limit",
+    "moe": "a layer of experts against transformers and the limit",
     "model": "training, prefill and decoding of a whole model against transformers",
 }
 
