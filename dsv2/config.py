@@ -10,6 +10,7 @@ from typing import Any
 
 ATTENTIONS = ("mla", "mha", "gqa", "mqa")
 TOPK_METHODS = ("greedy", "group_limited_greedy")
+ROUTERS = ("deepseek", "dense", "switch", "gshard", "glam", "mixtral")
 
 
 @dataclass(frozen=True)
@@ -72,18 +73,22 @@ class DSV2Config:
     moe_intermediate_size: int = 1408
     first_k_dense_replace: int = 1  # this many layers keep a dense FFN
     moe_layer_freq: int = 1
+    router: str = "deepseek"  # or another of ROUTERS (dsv2.moe.routing), which DeepSeek's is compared with
+    # n_group is where experts live; the other four of the next five concern the router "deepseek" alone.
     topk_method: str = "greedy"  # or "group_limited_greedy": device-limited routing
     n_group: int = 1  # D, the devices that the experts of a layer are spread over
     topk_group: int = 1  # M, the devices that a token may be sent to
     routed_scaling_factor: float = 1.0
     norm_topk_prob: bool = False  # normalise the K weights instead of scaling them
 
-    # Training
+    # Training. Other routers than "deepseek" have one balance loss, over the whole batch, at aux_loss_alpha.
     aux_loss_alpha: float = 0.001  # alpha_1, expert-level balance
     device_loss_alpha: float = 0.0  # alpha_2, device-level balance
     communication_loss_alpha: float = 0.0  # alpha_3, communication balance
     seq_aux: bool = True  # balance within each sequence (the paper), or over the whole batch
-    capacity_factor: float | None = None  # per-device budget when tokens are dropped; None: none are
+    # How many times the average load is computed, in training; None: all of it. "deepseek": the budget of a
+    # device; "switch", "gshard", "glam": the capacity of an expert; "dense" and "mixtral" drop nothing.
+    capacity_factor: float | None = None
 
     # ------------------------------------------------------------------------------------------- derived
 
@@ -110,6 +115,17 @@ class DSV2Config:
     @property
     def experts_per_device(self) -> int:
         return self.n_routed_experts // self.n_group
+
+    @property
+    def limits_devices(self) -> bool:
+        """Whether a token may be sent to some of the devices only."""
+        limited = self.router == "deepseek" and self.topk_method == "group_limited_greedy"
+        return limited and self.topk_group < self.n_group
+
+    @property
+    def has_hf_form(self) -> bool:
+        """Whether Hugging Face's DeepSeek-V2 can hold this model: not with a baseline of another paper."""
+        return self.attention == "mla" and self.router == "deepseek"
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) holds experts rather than one dense FFN."""
@@ -150,6 +166,12 @@ class DSV2Config:
             raise ValueError(f"DSV2Config has no field named {', '.join(unknown)}{_closest(unknown[0])}")
         return dataclasses.replace(self, **changes)
 
+    def with_router(self, router: str, **changes: Any) -> DSV2Config:
+        """The same model with another router, and with as many experts a token as that router takes."""
+        experts = _experts_of(router, changes.get("n_routed_experts", self.n_routed_experts))
+        fixed = {} if experts is None else {"num_experts_per_tok": experts}
+        return self.replace(router=router, **{**fixed, **changes})
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON types; `from_dict` reads them back."""
         return dataclasses.asdict(self)
@@ -189,12 +211,15 @@ class DSV2Config:
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` that transformers (4 and 5) reads; dsv2's own fields go under "dsv2".
 
-        Raises ValueError for the attention baselines, which Hugging Face's DeepSeek-V2 does not have.
+        Raises ValueError for the attention baselines and the routers that Hugging Face's DeepSeek-V2 does not
+        have.
         """
-        if self.attention != "mla":
-            raise ValueError(
-                f"attention={self.attention!r} has no Hugging Face form; only 'mla' can be exported"
-            )
+        for name, exported in (("attention", "mla"), ("router", "deepseek")):
+            value = getattr(self, name)
+            if value != exported:
+                raise ValueError(
+                    f"{name}={value!r} has no Hugging Face form; only {exported!r} can be exported"
+                )
         fields = self.to_dict()
         own = {name: fields.pop(name) for name in _DSV2_ONLY}
         if not self.n_routed_experts:  # there a model is dense when its dense layers are all there are
@@ -223,6 +248,7 @@ _DSV2_ONLY = (
     "attention",
     "head_dim",
     "num_key_value_heads",
+    "router",
     "device_loss_alpha",
     "communication_loss_alpha",
     "capacity_factor",
@@ -351,8 +377,15 @@ def _routing_problems(cfg: DSV2Config):
         yield f"moe_intermediate_size={cfg.moe_intermediate_size} must be at least 1"
     if not 1 <= chosen <= experts:
         yield f"num_experts_per_tok={chosen} must lie in 1..n_routed_experts={experts}"
-    if cfg.topk_method not in TOPK_METHODS:
-        yield f"topk_method={cfg.topk_method!r} is unknown; choose one of {', '.join(TOPK_METHODS)}"
+    if cfg.router not in ROUTERS:
+        yield f"router={cfg.router!r} is unknown; choose one of {', '.join(ROUTERS)}"
+    fixed = _experts_of(cfg.router, experts)
+    if fixed not in (None, chosen):
+        count = f"all n_routed_experts={fixed} experts" if cfg.router == "dense" else f"{fixed} expert(s)"
+        yield (
+            f"router={cfg.router!r} sends a token to {count}; num_experts_per_tok={chosen} must be {fixed} "
+            "(cfg.with_router sets both)"
+        )
     if cfg.capacity_factor is not None and cfg.capacity_factor <= 0:
         yield f"capacity_factor={cfg.capacity_factor} must be above 0, or None to drop no tokens"
     if cfg.n_group < 1 or experts % cfg.n_group:
@@ -361,6 +394,10 @@ def _routing_problems(cfg: DSV2Config):
             f"n_group={cfg.n_group}"
         )
         return
+    if cfg.router != "deepseek":
+        return
+    if cfg.topk_method not in TOPK_METHODS:
+        yield f"topk_method={cfg.topk_method!r} is unknown; choose one of {', '.join(TOPK_METHODS)}"
     if not 1 <= cfg.topk_group <= cfg.n_group:
         yield f"topk_group={cfg.topk_group} must lie in 1..n_group={cfg.n_group}"
     elif cfg.topk_method == "group_limited_greedy" and chosen > cfg.topk_group * cfg.experts_per_device:
@@ -368,6 +405,11 @@ def _routing_problems(cfg: DSV2Config):
             f"num_experts_per_tok={chosen} experts do not fit on topk_group={cfg.topk_group} devices "
             f"of {cfg.experts_per_device} experts each"
         )
+
+
+def _experts_of(router: str, n_routed_experts: int) -> int | None:
+    """How many experts a token goes to where the router fixes it; None: num_experts_per_tok says."""
+    return {"dense": n_routed_experts, "switch": 1, "gshard": 2, "glam": 2, "mixtral": 2}.get(router)
 
 
 def _closest(name: str) -> str:

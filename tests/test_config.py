@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv2.config import PRESETS, DSV2Config, YarnScaling
+from dsv2.config import PRESETS, ROUTERS, DSV2Config, YarnScaling
 
 BASE = DSV2Config.preset("tiny")
 YARN = YarnScaling(factor=8.0, original_max_position_embeddings=128)
@@ -55,6 +55,14 @@ REFUSED = [
     ({"num_experts_per_tok": 0}, ["num_experts_per_tok=0"]),
     ({"topk_method": "noaux_tc"}, ["topk_method='noaux_tc'", "group_limited_greedy"]),
     ({"capacity_factor": 0.0}, ["capacity_factor=0.0", "None"]),
+    ({"router": "noisy"}, ["router='noisy'", "deepseek, dense, switch, gshard, glam, mixtral"]),
+    ({"router": 2}, ["router=2", "string"]),
+    ({"router": "switch"}, ["router='switch'", "to 1 expert(s)", "num_experts_per_tok=4 must be 1"]),
+    ({"router": "gshard"}, ["router='gshard'", "num_experts_per_tok=4 must be 2", "with_router"]),
+    ({"router": "glam", "num_experts_per_tok": 1}, ["num_experts_per_tok=1 must be 2"]),
+    ({"router": "mixtral", "num_experts_per_tok": 3}, ["num_experts_per_tok=3 must be 2"]),
+    ({"router": "dense"}, ["all n_routed_experts=16 experts", "num_experts_per_tok=4 must be 16"]),
+    ({"router": "switch", "num_experts_per_tok": 1, "n_group": 3}, ["n_group=3"]),
     ({"n_group": 3, "topk_group": 3}, ["n_routed_experts=16", "n_group=3"]),
     ({"n_group": 0}, ["n_group=0"]),
     ({"topk_group": 5}, ["topk_group=5", "n_group=4"]),
@@ -106,6 +114,25 @@ def test_values_that_the_chosen_parts_do_not_use_are_not_judged():
     BASE.replace(attention="mha", kv_lora_rank=0, qk_rope_head_dim=7, v_head_dim=0)
     BASE.replace(n_routed_experts=0, num_experts_per_tok=99, n_group=7, topk_group=0)
     BASE.replace(topk_method="greedy", num_experts_per_tok=16)
+    BASE.replace(router="switch", num_experts_per_tok=1, topk_method="none", topk_group=9)
+    BASE.replace(router="switch", n_routed_experts=0)
+
+
+def test_with_router_takes_as_many_experts_as_the_router_does():
+    counts = {router: BASE.with_router(router).num_experts_per_tok for router in ROUTERS}
+    assert counts == {"deepseek": 4, "dense": 16, "switch": 1, "gshard": 2, "glam": 2, "mixtral": 2}
+    cfg = BASE.with_router("dense", n_routed_experts=8, aux_loss_alpha=0.5)
+    assert (cfg.router, cfg.num_experts_per_tok, cfg.aux_loss_alpha) == ("dense", 8, 0.5)
+    with pytest.raises(ValueError, match="num_experts_per_tok=3 must be 1"):
+        BASE.with_router("switch", num_experts_per_tok=3)
+
+
+def test_which_models_limit_the_devices_and_have_a_hugging_face_form():
+    assert BASE.limits_devices and BASE.has_hf_form
+    assert not BASE.replace(topk_method="greedy").limits_devices
+    assert not BASE.replace(topk_group=4).limits_devices
+    assert not BASE.with_router("switch").limits_devices
+    assert not BASE.with_router("switch").has_hf_form and not BASE.replace(attention="mha").has_hf_form
 
 
 def test_frozen():
@@ -250,6 +277,16 @@ def test_presets_survive_both(name):
 def test_baselines_have_no_hugging_face_form(attention):
     with pytest.raises(ValueError, match=f"attention='{attention}'"):
         BASE.replace(attention=attention, num_key_value_heads=2).to_hf()
+
+
+@pytest.mark.parametrize("router", ROUTERS[1:])
+def test_routers_of_other_papers_have_no_hugging_face_form(router):
+    with pytest.raises(ValueError, match=f"router='{router}' has no Hugging Face form"):
+        BASE.with_router(router).to_hf()
+    cfg = BASE.with_router(router, capacity_factor=1.25)
+    assert DSV2Config.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+    before = {name: value for name, value in BASE.to_dict().items() if name != "router"}
+    assert DSV2Config.from_dict(before) == BASE, "what was written without the field is DeepSeek's"
 
 
 # ----------------------------------------------------------------------------------------- Hugging Face

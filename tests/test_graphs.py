@@ -28,6 +28,11 @@ CONFIGS = {
     "greedy": SIZES | dict(topk_method="greedy"),
     "devices": SIZES
     | dict(topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=2.5),
+    "switch": SIZES | dict(router="switch", num_experts_per_tok=1, capacity_factor=0.5, norm_topk_prob=True),
+    "gshard": SIZES | dict(router="gshard", num_experts_per_tok=2, capacity_factor=0.5),
+    "glam": SIZES | dict(router="glam", num_experts_per_tok=2, n_shared_experts=0, routed_scaling_factor=4.0),
+    "mixtral": SIZES | dict(router="mixtral", num_experts_per_tok=2),
+    "dense": SIZES | dict(router="dense", num_experts_per_tok=8, norm_topk_prob=True),
     "low rank": SIZES | dict(topk_method="greedy", q_lora_rank=18, norm_topk_prob=True, n_shared_experts=0),
 }
 

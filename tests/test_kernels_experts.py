@@ -157,6 +157,8 @@ def test_wrong_experts_are_rejected(mistake, tmp_path):
 # ------------------------------------------------------------------------------------------- routing
 
 CHOICES = (Choice(3), Choice(4, 4, 2, None), Choice(2, 3, 1, 16.0), Choice(5, 12, 7, 2.0))
+# As other papers' routers choose: one expert, the two best with weights of sum 1, all.
+CHOICES += (Choice(1), Choice(2, scaling=None), Choice(12))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

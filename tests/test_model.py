@@ -45,6 +45,10 @@ KINDS = {
     "tied": BASE.replace(tie_word_embeddings=True),
     "all dense": BASE.replace(n_routed_experts=0),
     "no shared experts": BASE.replace(n_shared_experts=0),
+    "every expert": BASE.with_router("dense"),
+    "switch": BASE.with_router("switch", capacity_factor=0.8),
+    "gshard": BASE.with_router("gshard", capacity_factor=0.8),
+    "mixtral": BASE.with_router("mixtral"),
 }
 every_kind = pytest.mark.parametrize("cfg", KINDS.values(), ids=KINDS)
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}  # float32, another order of summation
@@ -96,7 +100,7 @@ def test_shapes(cfg):
     assert out.logits.shape == (2, 5, 37) and out.logits.dtype == torch.float32
     assert len(out.routings) == len(cfg.moe_layers)
     for routing in out.routings:
-        assert routing.expert_ids.shape == routing.weights.shape == (2, 5, 3)
+        assert routing.expert_ids.shape == routing.weights.shape == (2, 5, cfg.num_experts_per_tok)
         assert routing.scores.shape == (2, 5, 8)
     assert out.balance_loss.shape == () and out.balance_loss == 0
 
@@ -302,7 +306,7 @@ def test_parameter_counts(cfg):
             size *= n
         total += size
     assert model.num_parameters() == total
-    unused = 2 * (8 - 3) * 3 * 20 * 7 if cfg.n_routed_experts else 0
+    unused = 2 * (8 - cfg.num_experts_per_tok) * 3 * 20 * 7 if cfg.n_routed_experts else 0
     assert model.num_parameters(activated=True) == total - unused
     assert ("head.weight" in dict(model.named_parameters())) != cfg.tie_word_embeddings
 

@@ -637,6 +637,24 @@ def test_other_models_train_resume_and_export(command, tmp_path, changed):
     load_pretrained(tmp_path / "run" / "model")
 
 
+def test_another_router_is_an_option(command, tmp_path, capsys):
+    """It brings its number of experts along, is trained and exported, and cannot change on resuming."""
+    arguments = ("--router", "switch", "--steps", 4, "--no-ngram-baseline")
+    smaller = [entry for entry in SMALLER if not entry.startswith("num_experts_per_tok")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "SMALLER", smaller)
+        assert command(*arguments, changed=("capacity_factor=1.0",)) == 0
+    cfg = load_pretrained(tmp_path / "run" / "model").cfg
+    assert (cfg.router, cfg.num_experts_per_tok, cfg.capacity_factor) == ("switch", 1, 1.0)
+    assert command("--resume", "--router", "switch", changed=("num_experts_per_tok=1",)) == 0
+    assert command("--resume", "--router", "glam", changed=("num_experts_per_tok=1",)) == 2
+    assert "router was 'switch' and is now 'glam'" in capsys.readouterr().err
+    assert command(*arguments, changed=("num_experts_per_tok=2",), out="other") == 2
+    assert "num_experts_per_tok=2 must be 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command("--router", "best")
+
+
 def test_help_names_every_group(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])

@@ -97,8 +97,11 @@ class StepLayer:
 
 
 def routing_choice(router: Router) -> Choice:
-    """A router's way of choosing, from the model's configuration."""
+    """A router's way of choosing, from the model's configuration; capacity and chance are training's."""
     cfg = router.cfg
+    if cfg.router != "deepseek":
+        scaling = {"dense": 1.0, "switch": 1.0, "gshard": None, "glam": None, "mixtral": None}[cfg.router]
+        return Choice(cfg.num_experts_per_tok, scaling=scaling)
     groups = (0, 0) if cfg.topk_method == "greedy" else (cfg.n_group, cfg.topk_group)
     return Choice(cfg.num_experts_per_tok, *groups, None if cfg.norm_topk_prob else cfg.routed_scaling_factor)
 

@@ -24,7 +24,8 @@ What the tensors are called (`i` a layer, `e` an expert; the paper's symbols are
 
     model.embed_tokens.weight, model.norm.weight, lm_head.weight  ->  embed.weight, norm.weight, head.weight
 
-The attention baselines (MHA, GQA, MQA) have no form there: their directories carry our own names.
+The attention baselines (MHA, GQA, MQA) and the routers of other papers have no form there: the directories of
+such models carry our own names.
 
 Source: github.com/deepseek-ai/DeepSeek-V2 and the checkpoints that transformers 4 and 5 write.
 """
@@ -103,7 +104,7 @@ def hf_tensor_names(cfg: DSV2Config, fused_experts: bool = False) -> dict[str, t
 
 
 def _layout(cfg: DSV2Config, fused_experts: bool) -> Iterator[tuple[str, Stored]]:
-    own, d = cfg.attention != "mla", cfg.hidden_size
+    own, d = not cfg.has_hf_form, cfg.hidden_size
     trunk = "" if own else "model."
     yield _whole(f"{trunk}{'embed' if own else 'embed_tokens'}.weight", "embed.weight", cfg.vocab_size, d)
     for i in range(cfg.num_hidden_layers):
@@ -178,15 +179,12 @@ def _experts(cfg: DSV2Config, fused: bool, there: str, here: str) -> Iterator[tu
 
 
 def _own_layer(cfg: DSV2Config, i: int, here: str) -> Iterator[tuple[str, Stored]]:
-    """A layer with one of the attention baselines: our own names on disk too."""
-    d, head_dim = cfg.hidden_size, cfg.baseline_head_dim
-    q_rows, kv_rows = cfg.num_attention_heads * head_dim, cfg.kv_heads * head_dim
+    """A layer of a model that has no Hugging Face form: our own names on disk too."""
+    d = cfg.hidden_size
+    attention = _own_mla(cfg) if cfg.attention == "mla" else _own_baseline(cfg)
     shapes = {
         "attention_norm.weight": (d,),
-        "attention.w_q.weight": (q_rows, d),
-        "attention.w_k.weight": (kv_rows, d),
-        "attention.w_v.weight": (kv_rows, d),
-        "attention.w_o.weight": (d, q_rows),
+        **{f"attention.{name}": shape for name, shape in attention.items()},
         "ffn_norm.weight": (d,),
     }
     if not cfg.is_moe_layer(i):
@@ -202,6 +200,34 @@ def _own_layer(cfg: DSV2Config, i: int, here: str) -> Iterator[tuple[str, Stored
             shapes["ffn.shared.w_down.weight"] = (d, cfg.n_shared_experts * width)
     for name, shape in shapes.items():
         yield _whole(f"{here}.{name}", f"{here}.{name}", *shape)
+
+
+def _own_baseline(cfg: DSV2Config) -> dict[str, tuple[int, ...]]:
+    d, head_dim = cfg.hidden_size, cfg.baseline_head_dim
+    q_rows, kv_rows = cfg.num_attention_heads * head_dim, cfg.kv_heads * head_dim
+    return {
+        "w_q.weight": (q_rows, d),
+        "w_k.weight": (kv_rows, d),
+        "w_v.weight": (kv_rows, d),
+        "w_o.weight": (d, q_rows),
+    }
+
+
+def _own_mla(cfg: DSV2Config) -> dict[str, tuple[int, ...]]:
+    d, heads, latent, rank = cfg.hidden_size, cfg.num_attention_heads, cfg.kv_lora_rank, cfg.q_lora_rank
+    q_rows = heads * cfg.qk_head_dim
+    if rank is None:
+        query = {"w_q.weight": (q_rows, d)}
+    else:
+        query = {"w_dq.weight": (rank, d), "q_norm.weight": (rank,), "w_uq.weight": (q_rows, rank)}
+    return {
+        **query,
+        "w_dkv.weight": (latent + cfg.qk_rope_head_dim, d),
+        "kv_norm.weight": (latent,),
+        "w_uk": (heads, cfg.qk_nope_head_dim, latent),
+        "w_uv": (heads, cfg.v_head_dim, latent),
+        "w_o.weight": (d, heads * cfg.v_head_dim),
+    }
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -530,7 +556,7 @@ def _require_plausible(directory: Path, cfg: DSV2Config, fused: bool, found: int
     """Stop before listing what a config.json promises when that is far from what the files hold."""
     limit = 20_000 + 20 * found
     promised = cfg.num_hidden_layers
-    if promised <= limit and cfg.attention == "mla" and not fused:
+    if promised <= limit and cfg.has_hf_form and not fused:
         promised += 3 * cfg.n_routed_experts * len(cfg.moe_layers)
     if promised > limit:
         raise ValueError(
@@ -577,7 +603,7 @@ def _is_harmless(name: str, cfg: DSV2Config) -> bool:
     if re.fullmatch(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", name):
         return True  # computed from the configuration
     if name == "lm_head.weight" and cfg.tie_word_embeddings:
-        return cfg.attention == "mla"  # compared with the embedding after loading
+        return cfg.has_hf_form  # compared with the embedding after loading
     return (
         not cfg.n_shared_experts and ".mlp.shared_experts." in name
     )  # transformers stores them with no rows
@@ -704,8 +730,9 @@ def save_pretrained(
 
     The directory is complete or not there: everything is written beside it first, then put in its place. Of
     a checkpoint that it replaces, other files (tokenizer, notes) are carried over. Models with an attention
-    baseline are written under our own names, for `load_pretrained` alone. transformers ignores
-    `norm_topk_prob` and `moe_layer_freq`, and wants a hidden_size that is a multiple of the heads.
+    baseline or the router of another paper are written under our own names, for `load_pretrained` alone.
+    transformers ignores `norm_topk_prob` and `moe_layer_freq`, and wants a hidden_size that is a multiple of
+    the heads.
     state_dict: write these tensors instead of the model's, for instance those gathered from several
     processes.
 
@@ -804,7 +831,7 @@ def _stored_tensor(stored: Stored, tensors: Mapping[str, Tensor]) -> Tensor:
 
 def _write_configs(model: DeepSeekV2, new: Path, dtype: torch.dtype) -> None:
     cfg = model.cfg
-    if cfg.attention == "mla":
+    if cfg.has_hf_form:
         fields = cfg.to_hf()
     else:
         fields = {"model_type": OWN_MODEL_TYPE, **cfg.to_dict(), "dsv2": {}}

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from dsv2.moe.balance import balance_loss, drop_tokens, load_imbalance
+from dsv2.moe.balance import (
+    balance_loss,
+    dead_experts,
+    drop_tokens,
+    dropped_share,
+    load_imbalance,
+    load_variation,
+)
 from dsv2.moe.experts import RoutedExperts
 from dsv2.moe.layer import DeepSeekMoE
 from dsv2.moe.routing import Router, Routing, device_limited_top_k, top_k
@@ -13,8 +20,11 @@ __all__ = [
     "Router",
     "Routing",
     "balance_loss",
+    "dead_experts",
     "device_limited_top_k",
     "drop_tokens",
+    "dropped_share",
     "load_imbalance",
+    "load_variation",
     "top_k",
 ]

@@ -1,10 +1,13 @@
-"""Keeping experts and devices busy: three auxiliary losses, token dropping, and how uneven a load is.
+"""Keeping experts and devices busy: auxiliary losses, token dropping, and how uneven a load is.
 
 f counts choices and carries no gradient; P averages affinities and does: lowering sum f_i P_i takes
-probability away from what is chosen too often. Each loss equals its alpha at perfect balance.
+probability away from what is chosen too often. Each loss equals its alpha at perfect balance, but Mixtral's,
+which equals K alpha. f counts what was asked for, before anything is dropped: so do Switch's equation
+5 and GShard's algorithm 1, and the other papers leave it open. Padding counts for nothing.
 
 Source: DeepSeek-V2, arXiv 2405.04434, sections 2.2.3 and 2.2.4, equations 23-31, where T is the length of one
-sequence: the losses are computed for every sequence and averaged over the batch.
+sequence: the losses are computed for every sequence and averaged over the batch. The routers of other papers
+take theirs over the whole batch.
 """
 
 # B batch   T tokens   E routed experts   K experts per token   G devices   M devices per token
@@ -94,17 +97,42 @@ def communication_balance_loss(
     return alpha * (f * p).sum(dim=-1).mean()
 
 
-def balance_loss(
+def switch_balance_loss(
+    scores: Float[Tensor, "B T E"],
+    expert_ids: Int[Tensor, "B T K"],
+    alpha: float,
+    mask: Bool[Tensor, "B T"] | None = None,
+) -> Float[Tensor, ""]:
+    """alpha N sum_i f_i P_i over the batch, f_i the share of tokens whose first choice is expert i.
+
+    Switch, arXiv 2101.03961, equations 4-6. GShard (arXiv 2006.16668, algorithm 1) has the mean over experts
+    of c_e / S m_e, this divided by N^2; its published code multiplies by N^2, and so does this function.
+    """
+    return expert_balance_loss(*_one_sequence(scores, expert_ids[..., :1]), alpha, _one_row(mask))
+
+
+def mixtral_balance_loss(
+    scores: Float[Tensor, "B T E"],
+    expert_ids: Int[Tensor, "B T K"],
+    alpha: float,
+    mask: Bool[Tensor, "B T"] | None = None,
+) -> Float[Tensor, ""]:
+    """alpha N sum_i f_i P_i over the batch, f_i the share of tokens that chose expert i as one of their K.
+
+    These shares add up to K, so that the balanced value is K alpha. Mistral has not published its loss; this
+    is the one of transformers' Mixtral, but for each layer by itself.
+    """
+    k = expert_ids.shape[-1]
+    return k * expert_balance_loss(*_one_sequence(scores, expert_ids), alpha, _one_row(mask))
+
+
+def deepseek_balance_loss(
     routing: Routing, cfg: DSV2Config, mask: Bool[Tensor, "B T"] | None = None
 ) -> Float[Tensor, ""]:
-    """The losses that `cfg` switches on, summed, for one layer. mask: True at real tokens.
-
-    With `seq_aux=False` the whole batch counts as one sequence.
-    """
+    """The three losses that `cfg` switches on, summed. With `seq_aux=False` the batch is one sequence."""
     scores, ids = routing.scores, routing.expert_ids
     if not cfg.seq_aux:
-        scores, ids = scores.flatten(0, 1)[None], ids.flatten(0, 1)[None]
-        mask = None if mask is None else mask.flatten()[None]
+        (scores, ids), mask = _one_sequence(scores, ids), _one_row(mask)
     loss = scores.new_zeros(())
     if cfg.aux_loss_alpha:
         loss = loss + expert_balance_loss(scores, ids, cfg.aux_loss_alpha, mask)
@@ -114,6 +142,29 @@ def balance_loss(
         alpha = cfg.communication_loss_alpha
         loss = loss + communication_balance_loss(scores, ids, alpha, cfg.n_group, cfg.topk_group, mask)
     return loss
+
+
+def _one_sequence(*per_token: Tensor) -> tuple[Tensor, ...]:
+    return tuple(part.flatten(0, 1)[None] for part in per_token)
+
+
+def _one_row(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.flatten()[None]
+
+
+def balance_loss(
+    routing: Routing, cfg: DSV2Config, mask: Bool[Tensor, "B T"] | None = None
+) -> Float[Tensor, ""]:
+    """The loss of `cfg.router`'s own paper for one layer; a dense layer has nothing to balance.
+
+    The alpha is cfg.aux_loss_alpha; Switch and GShard's code have 0.01. mask: True at real tokens.
+    """
+    if cfg.router == "deepseek":
+        return deepseek_balance_loss(routing, cfg, mask)
+    if cfg.router == "dense" or not cfg.aux_loss_alpha:
+        return routing.scores.new_zeros(())
+    loss = mixtral_balance_loss if cfg.router == "mixtral" else switch_balance_loss
+    return loss(routing.scores, routing.expert_ids, cfg.aux_loss_alpha, mask)
 
 
 def drop_tokens(
@@ -151,7 +202,34 @@ def drop_tokens(
     return kept & real
 
 
+# ------------------------------------------------------------------------------------ how uneven a load is
+
+
 def load_imbalance(load: Float[Tensor, " E"] | Int[Tensor, " E"]) -> float:
     """The busiest expert's load over the average one: 1 at perfect balance, E if one does everything."""
     load = load.float()
     return float(load.max() / load.mean().clamp(min=1e-9))
+
+
+def load_variation(load: Float[Tensor, " E"] | Int[Tensor, " E"]) -> float:
+    """Standard deviation of the load over its mean: 0 at perfect balance, sqrt(E - 1) if one does it all."""
+    load = load.float()
+    return float(load.std(correction=0) / load.mean().clamp(min=1e-9))
+
+
+def dead_experts(load: Float[Tensor, " E"] | Int[Tensor, " E"], share: float = 0.1) -> Bool[Tensor, " E"]:
+    """True for the experts with less than `share` of their fair load, which is the average."""
+    load = load.float()
+    return load < share * load.mean()
+
+
+def dropped_share(routing: Routing, mask: Bool[Tensor, "B T"] | None = None) -> float:
+    """How much of what was asked for was dropped, by chance or for want of room: dropped pairs over all.
+
+    mask: True at real tokens; padding is never kept, and is no loss.
+    """
+    if routing.kept is None:
+        return 0.0
+    kept = routing.kept.float().mean(dim=-1)
+    real = torch.ones_like(kept) if mask is None else mask.float()
+    return float(1 - (kept * real).sum() / real.sum().clamp(min=1))

@@ -19,7 +19,8 @@ class DeepSeekMoE(nn.Module):
     """sum_i FFN^(s)_i(u_t) + sum_i g_{i,t} FFN^(r)_i(u_t): (B, T, D) -> (B, T, D) and the Routing.
 
     The shared experts are one network N_s times as wide, which computes the same sum. With
-    `cfg.capacity_factor`, tokens are dropped in training, never in evaluation.
+    `cfg.capacity_factor`, tokens are dropped in training, never in evaluation: by device here, as DeepSeek-V2
+    does, or by expert in the routers of other papers.
 
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.2, equation 20 (without the residual u_t, which the block
     adds).
@@ -29,6 +30,7 @@ class DeepSeekMoE(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.router = Router(cfg)
+        self.device_budget = cfg.capacity_factor if cfg.router == "deepseek" else None
         self.experts = RoutedExperts(cfg.n_routed_experts, cfg.hidden_size, cfg.moe_intermediate_size)
         self.shared = None
         if cfg.n_shared_experts:
@@ -37,12 +39,10 @@ class DeepSeekMoE(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], attention_mask: Bool[Tensor, "B T"] | None = None
     ) -> tuple[Float[Tensor, "B T D"], Routing]:
-        routing = self.router(x)
-        if self.training and self.cfg.capacity_factor is not None:
+        routing = self.router(x, attention_mask)
+        if self.training and self.device_budget is not None:
             exempt = torch.rand(x.shape[0], device=x.device) < EXEMPT_SHARE
-            routing.kept = drop_tokens(
-                routing, self.cfg.n_group, self.cfg.capacity_factor, exempt, attention_mask
-            )
+            routing.kept = drop_tokens(routing, self.cfg.n_group, self.device_budget, exempt, attention_mask)
         out = self.experts(
             x.flatten(0, 1),
             routing.expert_ids.flatten(0, 1),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import dsv2
-from dsv2.config import PRESETS, DSV2Config
+from dsv2.config import PRESETS, ROUTERS, DSV2Config
 from dsv2.data import (
     ByteTokenizer,
     PackedDataError,
@@ -70,6 +70,12 @@ def parser() -> argparse.ArgumentParser:
 
     model = top.add_argument_group("the model")
     model.add_argument("--preset", choices=PRESETS, help="a named configuration (default: tiny)")
+    model.add_argument(
+        "--router",
+        choices=ROUTERS,
+        help="how a token's experts are chosen, and as many as this router takes (default: deepseek); with "
+        "--set capacity_factor=1.25, switch, gshard and glam leave out what an expert has no room for",
+    )
     model.add_argument(
         "--set",
         action="append",
@@ -255,7 +261,8 @@ def _model_config(options: dict[str, Any], tokenizer: Tokenizer) -> DSV2Config:
     cfg = DSV2Config.preset(options.get("preset", "tiny"))
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     size = {"vocab_size": max(cfg.vocab_size, tokenizer.vocab_size)}
-    return cfg.replace(**(ids | size | _changes(options)))
+    changes = ids | size | _changes(options)
+    return cfg.with_router(options["router"], **changes) if "router" in options else cfg.replace(**changes)
 
 
 def _train_fields(options: dict[str, Any]) -> dict[str, Any]:
@@ -338,6 +345,8 @@ def _resumed_settings(settings: dict[str, Any], options: dict[str, Any]) -> tupl
     given, refused = _train_fields(options), []
     if "preset" in options and options["preset"] != settings["preset"]:
         refused.append(("preset", settings["preset"], options["preset"]))
+    if "router" in options and options["router"] != model.router:
+        refused.append(("router", model.router, options["router"]))
     for name, value in _changes(options).items():
         if (
             name not in settings["model"]

@@ -230,7 +230,7 @@ def _draw_experts(sheet: _Sheet, cfg: DSV2Config, left: float, bottom: float) ->
     if cfg.n_group > 1:
         limit = (
             f"at most {cfg.topk_group} of {cfg.n_group} devices"
-            if _is_limited(cfg)
+            if cfg.limits_devices
             else f"{cfg.n_group} devices"
         )
         where = f", on {limit}"
@@ -247,10 +247,6 @@ def _draw_experts(sheet: _Sheet, cfg: DSV2Config, left: float, bottom: float) ->
     )
     if dense == cfg.first_k_dense_replace == 1:
         sheet.text(left + 7.35, bottom + 2.98, "(block 0: a dense FFN)", SMALL, "right", colour=GREY)
-
-
-def _is_limited(cfg: DSV2Config) -> bool:
-    return cfg.topk_method == "group_limited_greedy" and cfg.topk_group < cfg.n_group
 
 
 def _draw_devices(sheet: _Sheet, cfg: DSV2Config, x: float, y: float, width: float, height: float) -> None:
@@ -290,7 +286,7 @@ def example_choice(cfg: DSV2Config) -> set[int]:
     """K experts that the router of this config could choose: always the same, spread over M devices."""
     order = np.random.default_rng(2)
     each = cfg.experts_per_device
-    reach = cfg.topk_group if _is_limited(cfg) else cfg.n_group
+    reach = cfg.topk_group if cfg.limits_devices else cfg.n_group
     devices = sorted(order.permutation(cfg.n_group)[:reach].tolist())
     best = {device: order.permutation(each).tolist() for device in devices}
     chosen: set[int] = set()
