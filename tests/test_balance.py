@@ -1,8 +1,9 @@
-"""The three balance losses against loops written from equations 23-31, and what carries their gradient."""
+"""Balance losses against loops written from the papers' equations, what carries their gradient, and loads."""
 
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv2 import DSV2Config
-from dsv2.moe import Routing, balance, balance_loss, device_limited_top_k
+from dsv2.moe import (
+    Routing,
+    balance,
+    balance_loss,
+    dead_experts,
+    device_limited_top_k,
+    dropped_share,
+    load_variation,
+)
+from dsv2.moe.routing import ROUTES
 
 # 3 sequences, 8 tokens, 12 experts on 4 devices, 5 experts a token on at most 2 of them.
 B, T, E, K, D, M = 3, 8, 12, 5, 4, 2
@@ -248,3 +258,187 @@ def test_dropped_pairs_still_count():
     before = balance_loss(routing, CFG)
     routing.kept = torch.zeros_like(routing.expert_ids, dtype=torch.bool)
     assert torch.equal(balance_loss(routing, CFG), before)
+
+
+# ------------------------------------------------------------------------------------------- other routers
+
+OTHER = {"switch": 1, "gshard": 2, "glam": 2, "mixtral": 2}  # experts a token
+
+
+def draw_for(router: str, seed: int = 0, batch: int = B, tokens: int = T) -> Routing:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = 2 * torch.randn(batch, tokens, E, generator=generator) + torch.linspace(1, 0, E)
+    return ROUTES[router](drawn.softmax(-1), CFG.with_router(router), None, False)
+
+
+def loss_by_hand(router: str, routing: Routing, alpha: float, mask: torch.Tensor | None = None) -> float:
+    """As each paper writes it, over the real tokens of the whole batch."""
+    scores, ids = routing.scores.flatten(0, 1).tolist(), routing.expert_ids.flatten(0, 1).tolist()
+    real = [t for t in range(len(ids)) if mask is None or mask.flatten()[t]]
+    m = [sum(scores[t][e] for t in real) / len(real) for e in range(E)]  # mean gate of each expert
+    if router == "switch":  # equations 4-6: f by the largest probability
+        f = [sum(max(range(E), key=lambda i: scores[t][i]) == e for t in real) / len(real) for e in range(E)]
+        return alpha * E * sum(f[e] * m[e] for e in range(E))
+    if router in ("gshard", "glam"):  # algorithm 1, times N^2: c by the first of the two experts
+        c = [sum(ids[t][0] == e for t in real) for e in range(E)]
+        return alpha * E**2 * (1 / E * sum(c[e] / len(real) * m[e] for e in range(E)))
+    f = [sum(e in ids[t] for t in real) / len(real) for e in range(E)]
+    return alpha * E * sum(f[e] * m[e] for e in range(E))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.sampled_from(list(OTHER)),
+    st.integers(0, 10**6),
+    st.none() | st.lists(st.integers(0, T), min_size=B, max_size=B).filter(any),
+)
+def test_each_router_has_its_papers_loss(router, seed, lengths):
+    routing = draw_for(router, seed)
+    mask = None if lengths is None else torch.arange(T) < torch.tensor(lengths)[:, None]
+    cfg = CFG.with_router(router)
+    found = balance_loss(routing, cfg, mask)
+    assert found.item() == pytest.approx(loss_by_hand(router, routing, 0.3, mask), rel=RELATIVE)
+    # Nothing else is added for devices, nor taken by the sequence, whatever the other fields say.
+    plain = cfg.replace(device_loss_alpha=0.0, communication_loss_alpha=0.0, seq_aux=False)
+    assert torch.equal(found, balance_loss(routing, plain, mask))
+
+
+def test_mixtrals_loss_is_that_of_transformers():
+    modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    logits = 2 * torch.randn(B, T, E, generator=torch.Generator().manual_seed(1))
+    routing = ROUTES["mixtral"](logits.softmax(-1), CFG.with_router("mixtral"), None, False)
+    for mask in (None, torch.arange(T) < torch.tensor([[8], [2], [5]])):
+        expected = modeling.load_balancing_loss_func((logits.flatten(0, 1),), E, 2, mask)
+        found = balance.mixtral_balance_loss(routing.scores, routing.expert_ids, 1.0, mask)
+        torch.testing.assert_close(found, expected, rtol=RELATIVE, atol=0)
+
+
+def of_padding_alone(router: str) -> torch.Tensor:
+    return balance_loss(draw_for(router), CFG.with_router(router), torch.zeros(B, T, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("router", ["dense", *OTHER])
+def test_padding_alone_and_no_alpha_cost_nothing(router):
+    assert of_padding_alone(router) == 0
+    cfg = CFG.with_router(router, aux_loss_alpha=0.0)
+    assert balance_loss(draw_for(router), cfg) == 0
+    assert (balance_loss(draw_for(router), CFG.with_router(router)) == 0) == (router == "dense")
+
+
+def by_sequence(router, scores, ids, alpha, mask):
+    right = balance.expert_balance_loss(scores, ids[..., :1] if router != "mixtral" else ids, alpha, mask)
+    return right * (2 if router == "mixtral" else 1)
+
+
+def both_choices(router, scores, ids, alpha, mask):
+    """f over both experts, where GShard counts the first."""
+    return balance.mixtral_balance_loss(scores, ids, alpha, mask) / ids.shape[-1]
+
+
+def k_divided_out(router, scores, ids, alpha, mask):
+    return balance.mixtral_balance_loss(scores, ids, alpha, mask) / 2
+
+
+def n_left_out(router, scores, ids, alpha, mask):
+    """GShard's formula as its paper prints it."""
+    return balance.switch_balance_loss(scores, ids, alpha, mask) / E**2
+
+
+def mask_forgotten(router, scores, ids, alpha, mask):
+    loss = balance.mixtral_balance_loss if router == "mixtral" else balance.switch_balance_loss
+    return loss(scores, ids, alpha)
+
+
+@pytest.mark.parametrize(
+    "router, wrong",
+    [
+        *[(router, by_sequence) for router in OTHER],
+        *[(router, mask_forgotten) for router in OTHER],
+        ("gshard", both_choices),
+        ("glam", n_left_out),
+        ("mixtral", k_divided_out),
+    ],
+)
+def test_planted_bugs_in_other_losses_are_caught(router, wrong):
+    routing, mask = draw_for(router), torch.arange(T) < torch.tensor([[8], [3], [5]])
+    found = float(wrong(router, routing.scores, routing.expert_ids, 0.3, mask))
+    assert found != pytest.approx(loss_by_hand(router, routing, 0.3, mask), rel=1e-3)
+
+
+@pytest.mark.parametrize("router", OTHER)
+def test_other_losses_at_perfect_balance_and_at_collapse(router):
+    """alpha, for Mixtral K alpha; if one expert (or K) takes everything, N alpha, for Mixtral too."""
+    k = OTHER[router]
+    ids = torch.stack([(torch.arange(2 * E) + i) % E for i in range(k)], -1).view(2, E, k)
+    scores = torch.full((2, E, E), 1 / E)
+    cfg = CFG.with_router(router)
+    even = balance_loss(Routing(ids, scores.gather(-1, ids), scores), cfg).item()
+    assert even == pytest.approx(0.3 * (2 if router == "mixtral" else 1), rel=RELATIVE)
+    ids = torch.arange(k).expand(2, E, k)
+    scores = torch.zeros(2, E, E)
+    scores[..., : k if router == "mixtral" else 1] = 1 / (k if router == "mixtral" else 1)
+    collapsed = balance_loss(Routing(ids, scores.gather(-1, ids), scores), cfg).item()
+    assert collapsed == pytest.approx(0.3 * E, rel=RELATIVE)
+
+
+@pytest.mark.parametrize("router", OTHER)
+def test_gradients_of_other_losses_come_through_p_alone(router):
+    """d loss / d p_{i,t} = alpha N f_i / (real tokens), and 0 at padding."""
+    routing, mask = draw_for(router), torch.arange(T) < torch.tensor([[8], [3], [5]])
+    scores = routing.scores.clone().requires_grad_()
+    cfg = CFG.with_router(router)
+    loss = balance_loss(Routing(routing.expert_ids, routing.weights, scores), cfg, mask)
+    (gradient,) = torch.autograd.grad(loss, scores)
+    ids = routing.expert_ids[mask] if router == "mixtral" else routing.expert_ids[mask][:, :1]
+    f = torch.stack([(ids == e).any(-1).float().mean() for e in range(E)])
+    expected = torch.where(mask[..., None], 0.3 * E * f / mask.sum(), 0.0)
+    torch.testing.assert_close(gradient, expected)
+    weights = routing.weights.clone().requires_grad_()
+    loss = balance_loss(Routing(routing.expert_ids, weights, scores), cfg)
+    assert torch.autograd.grad(loss, weights, allow_unused=True)[0] is None
+
+
+@pytest.mark.parametrize("router", OTHER)
+def test_other_losses_count_what_is_dropped(router):
+    """A full expert must not look balanced because it turns tokens away."""
+    routing = draw_for(router)
+    before = balance_loss(routing, CFG.with_router(router))
+    routing.kept = torch.zeros_like(routing.expert_ids, dtype=torch.bool)
+    assert torch.equal(balance_loss(routing, CFG.with_router(router)), before)
+
+
+# ------------------------------------------------------------------------------------- how uneven a load is
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=9).filter(any))
+def test_variation_and_dead_experts(load):
+    mean = sum(load) / len(load)
+    deviation = math.sqrt(sum((n - mean) ** 2 for n in load) / len(load))
+    # float32; the deviation of nearly equal numbers loses digits
+    assert load_variation(torch.tensor(load)) == pytest.approx(deviation / mean, rel=1e-5, abs=1e-6)
+    for share in (0.1, 0.5):
+        dead = dead_experts(torch.tensor(load), share).tolist()
+        assert dead == [n < torch.tensor(share * mean, dtype=torch.float32) for n in load]
+
+
+def test_load_statistics_at_their_ends():
+    assert load_variation(torch.tensor([4, 4, 4])) == 0.0
+    assert load_variation(torch.tensor([9, 0, 0])) == pytest.approx(math.sqrt(2))
+    assert load_variation(torch.tensor([0, 0])) == 0.0
+    # A fair load of 100: 9 is under a tenth of it, 10 is not.
+    load = torch.tensor([291, 9, 10, 90])
+    assert dead_experts(load).tolist() == [False, True, False, False]
+    assert dead_experts(load, 0.95).tolist() == [False, True, True, True]
+    assert not dead_experts(torch.tensor([0, 0])).any(), "nobody is dead where nobody has work"
+
+
+def test_share_of_dropped_pairs():
+    routing = draw_for("gshard")
+    assert dropped_share(routing) == 0.0
+    routing.kept = torch.ones(B, T, 2, dtype=torch.bool)
+    routing.kept[0, :5, 1] = False
+    assert dropped_share(routing) == pytest.approx(5 / (B * T * 2))
+    mask = torch.arange(T) < torch.tensor([[4], [8], [5]])  # of the five dropped, four are real tokens'
+    routing.kept &= mask[..., None]
+    assert dropped_share(routing, mask) == pytest.approx(4 / (17 * 2))
+    assert dropped_share(routing, torch.zeros_like(mask)) == 0.0

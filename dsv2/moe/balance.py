@@ -230,6 +230,6 @@ def dropped_share(routing: Routing, mask: Bool[Tensor, "B T"] | None = None) -> 
     """
     if routing.kept is None:
         return 0.0
-    kept = routing.kept.float().mean(dim=-1)
-    real = torch.ones_like(kept) if mask is None else mask.float()
-    return float(1 - (kept * real).sum() / real.sum().clamp(min=1))
+    dropped = 1 - routing.kept.float().mean(dim=-1)
+    real = torch.ones_like(dropped) if mask is None else mask.float()
+    return float((dropped * real).sum() / real.sum().clamp(min=1))
