@@ -516,6 +516,22 @@ def real_problems(case: Case, expected: dict[str, torch.Tensor], fake: FakeDevic
     return set().union(*gathered)
 
 
+def strided_problems(on: torch.device) -> set[str]:
+    """Rows that do not lie one after another, and a gradient that is one number for all."""
+    devices, results = ProcessGroup(), []
+    send = [[(a + 2 * b) % 3 for b in range(devices.size)] for a in range(devices.size)]
+    columns = [torch.arange(5.0 * sum(rows), device=on).view(5, -1) + 100 * a for a, rows in enumerate(send)]
+    for these in (devices, FakeDevices(devices.size)):
+        inputs = [columns[a].clone().requires_grad_() for a in these.here]
+        receive = [[rows[a] for rows in send] for a in these.here]
+        out = these.exchange("dispatch", [i.T for i in inputs], [send[a] for a in these.here], receive)
+        grads = torch.autograd.grad(sum(o.sum() for o in out), inputs)
+        results.append([dict(zip(these.here, values)) for values in (out, grads)])
+    (rank,) = devices.here
+    real, fake = results
+    return {name for name, a, b in zip(("out", "x"), real, fake) if not torch.equal(a[rank], b[rank])}
+
+
 def main(kind: str) -> int:
     """One device: every case, then what must go wrong."""
     from dsv2.train import start_world
@@ -530,6 +546,7 @@ def main(kind: str) -> int:
         case.expert_ids = case.expert_ids.to(world.device)
         case.kept = None if case.kept is None else case.kept.to(world.device)
     report = {name: real_problems(case, *run_fake(case)) for name, case in cases.items()}
+    report["strided"] = strided_problems(world.device)
 
     case = cases["ring"]
     run, (experts, x, weights) = ExpertParallel(case.placement, ProcessGroup()), case.inputs()
