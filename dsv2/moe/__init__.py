@@ -5,13 +5,19 @@ from __future__ import annotations
 from dsv2.moe.balance import balance_loss, drop_tokens, load_imbalance
 from dsv2.moe.experts import RoutedExperts
 from dsv2.moe.layer import DeepSeekMoE
+from dsv2.moe.parallel import ExpertParallel, FakeDevices, Placement, ProcessGroup, Traffic
 from dsv2.moe.routing import Router, Routing, device_limited_top_k, top_k
 
 __all__ = [
     "DeepSeekMoE",
+    "ExpertParallel",
+    "FakeDevices",
+    "Placement",
+    "ProcessGroup",
     "RoutedExperts",
     "Router",
     "Routing",
+    "Traffic",
     "balance_loss",
     "device_limited_top_k",
     "drop_tokens",
