@@ -12,13 +12,19 @@ from dsv2.moe.balance import (
 )
 from dsv2.moe.experts import RoutedExperts
 from dsv2.moe.layer import DeepSeekMoE
+from dsv2.moe.parallel import ExpertParallel, FakeDevices, Placement, ProcessGroup, Traffic
 from dsv2.moe.routing import Router, Routing, device_limited_top_k, top_k
 
 __all__ = [
     "DeepSeekMoE",
+    "ExpertParallel",
+    "FakeDevices",
+    "Placement",
+    "ProcessGroup",
     "RoutedExperts",
     "Router",
     "Routing",
+    "Traffic",
     "balance_loss",
     "dead_experts",
     "device_limited_top_k",
