@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from dsv2.config import ROUTERS, DSV2Config  # noqa: E402
+from dsv2.model import DeepSeekV2  # noqa: E402
 from dsv2.moe import (  # noqa: E402
     ExpertParallel,
     FakeDevices,
@@ -31,11 +33,18 @@ from dsv2.moe import (  # noqa: E402
     parallel,
 )
 from dsv2.moe.parallel import HIDDEN, KINDS, Inbox  # noqa: E402
+from dsv2.moe.routing import ROUTES  # noqa: E402
 
 # Against RoutedExperts sums are taken in another order: one rounding in a partial sum per device. Values and
 # gradients are sums of up to some hundred products of order one.
 NOISE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 0.1}
 NAMES = ("out", "x", "weights", "w_gate_up", "w_down")
+
+# A model for its routers: 7 experts by default, 2 of them a token.
+ROUTED = DSV2Config(
+    vocab_size=31, hidden_size=20, num_hidden_layers=3, num_attention_heads=2, intermediate_size=14,
+    n_routed_experts=7, num_experts_per_tok=2, moe_intermediate_size=6, initializer_range=0.2,
+)  # fmt: skip
 
 
 @dataclass
@@ -237,6 +246,14 @@ def named_cases(devices: int) -> dict[str, Case]:
         "only the experts learn": Case(bare, [0, *tokens[1:]], choose(n - tokens[0], e, 2), learns=NAMES[3:]),
         "the experts are frozen": Case(bare, tokens, choose(n, e, 2), learns=NAMES[1:3]),
     }
+    for router in ROUTERS:  # with capacity, so that some of them drop pairs
+        cfg = ROUTED.with_router(router, n_routed_experts=e, capacity_factor=0.8)
+        scores = torch.randn(1, n, e, generator=drawn).mul(2).softmax(-1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(devices)  # GShard's second expert is there by chance
+            routing = ROUTES[router](scores, cfg, None, True)
+        kept = None if routing.kept is None else routing.kept[0]
+        cases[f"router {router}"] = Case(scattered(e, devices, 7), tokens, routing.expert_ids[0], kept)
     if devices > 1:
         # Expert 0 is nobody's choice, and device 0 holds no other.
         homes = [0] + [1 + i % (devices - 1) for i in range(e - 1)]
@@ -270,6 +287,24 @@ def test_fake_devices_compute_what_routed_experts_do(drawn):
     homes, devices, tokens, ids, kept, dtype, seed = drawn
     case = Case(Placement(homes, devices), tokens, ids, kept, dtype, seed=seed)
     assert problems(case) == set()
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_model_on_fake_devices_is_the_model(router):
+    """Logits and gradients with every layer's experts on three devices; and something was sent."""
+    torch.manual_seed(0)
+    model = DeepSeekV2(ROUTED.with_router(router)).eval()
+    tokens = torch.randint(31, (2, 9))
+    wanted = [model(tokens).logits]
+    wanted += torch.autograd.grad(wanted[0].square().sum(), list(model.parameters()))
+    devices = FakeDevices(3)
+    for block in model.layers[1:]:
+        block.ffn.parallel = ExpertParallel(Placement.even(7, 3), devices)
+    found = [model(tokens).logits]
+    found += torch.autograd.grad(found[0].square().sum(), list(model.parameters()))
+    for one, other in zip(found, wanted):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-4)  # float32 sums in another order
+    assert devices.traffic.sent().sum() > 0
 
 
 @settings(max_examples=30)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,28 +41,56 @@ def new_trainer(out, resume=False, world=None, **changes):
     )
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess:
+def torchrun(*arguments: str, processes: int = 2, run=subprocess.run, **options):
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node",
-        "2",
+        str(processes),
         __file__,
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=200
-    )
+    options = options or {"capture_output": True, "timeout": 200}
+    return run([*command, *map(str, arguments)], env=environment, text=True, **options)
 
 
-def main(task: str, out: Path) -> int:
-    """One process of two. train: a run from the start, one from the middle, an export. fail: an error."""
+LIVES = 4  # processes of the run that is killed, each with a part of the experts
+STEPS, SAVE_EVERY = 60, 4
+
+
+def live(out: Path, resume: bool) -> int:
+    """A process of a run by the command line, on made-up data; its number goes where the killer looks."""
+    from test_train import CFG, MemoryData
+
+    from dsv2.data import ByteTokenizer
+    from dsv2.train import command
+
+    tokenizer = ByteTokenizer()
+    command._find_data = lambda options, world: (MemoryData(), tokenizer, {"asked": {}})
+    command._load_data = lambda recorded, world: (MemoryData(), tokenizer)
+    command._model_config = lambda options, tokenizer: CFG.replace(**CHANGES)
+    (out.parent / f"process-{os.environ['RANK']}").write_text(str(os.getpid()))
+    arguments = ["--out", str(out), "--device", "cpu", "--expert-parallel", str(LIVES), "--threads", "1"]
+    if resume:
+        return command.main([*arguments, "--resume"])
+    arguments += ["--steps", str(STEPS), "--batch-size", "4", "--seq-len", "16", "--lr", "1e-2"]
+    arguments += ["--save-every", str(SAVE_EVERY), "--validate-every", "0", "--sample-every", "0"]
+    return command.main(arguments)
+
+
+def main(task: str, out: Path, resume: bool = False) -> int:
+    """One process. train: a run from the start, one from the middle, an export. fail: an error.
+
+    experts: the same with experts shared out over two processes.
+    """
     from dsv2.train import start_world
     from dsv2.train.distributed import leave
 
-    world = start_world("cpu")
+    if task == "live":
+        return live(out, resume)
+    world = start_world("cpu", expert_parallel=2 if task == "experts" else 1)
     if task == "fail":
         from dsv2.train import command
 
@@ -72,9 +102,14 @@ def main(task: str, out: Path) -> int:
         command._find_data = broken
         return command.main(["--steps", "2", "--out", str(out), "--device", "cpu"])
     for name in ("two", "one_then_two"):
-        trainer = new_trainer(out / name, resume=True, world=world, micro_batches=2 if name == "two" else 1)
+        micro = 2 if name == "two" and world.size == 2 else 1  # the batch has four rows
+        trainer = new_trainer(out / name, resume=True, world=world, micro_batches=micro)
         for _ in trainer:
             pass
+        if task == "experts":
+            layer = trainer.model.layers[-1].ffn
+            assert len(layer.experts.w_down.to_local()) == (5, 4)[world.rank % 2]
+            assert layer.parallel.devices.traffic.sent().sum() > 0
         if name == "two":
             trainer.samples(max_new_tokens=3)
             trainer.export(out / "exported", "float32")
@@ -103,7 +138,8 @@ def assert_same_run(a: dict[str, list[float]], b: dict[str, list[float]]) -> Non
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
-def test_two_processes_train_as_one_and_share_checkpoints(tmp_path):
+@pytest.mark.parametrize("task, processes", [("train", 2), ("experts", 2), ("experts", 4)])
+def test_processes_train_as_one_and_share_checkpoints(tmp_path, task, processes):
     from test_train import closed
 
     from dsv2.hf import load_pretrained
@@ -114,7 +150,7 @@ def test_two_processes_train_as_one_and_share_checkpoints(tmp_path):
     shutil.copytree(tmp_path / "one", tmp_path / "one_then_two")
     shutil.rmtree(tmp_path / "one_then_two" / "checkpoints" / "step-00000008")
 
-    ran = torchrun("train", tmp_path)
+    ran = torchrun(task, tmp_path, processes=processes)
     assert ran.returncode == 0, ran.stderr
     expected = columns(tmp_path / "one")
     assert_same_run(columns(tmp_path / "two"), expected)
@@ -142,5 +178,45 @@ def test_an_error_in_one_process_ends_all_and_says_which(tmp_path):
     assert "dsv2.train: process 1 of 2: the disk of process 1 is gone" in ran.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on Windows")
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+def test_a_killed_process_ends_all_and_the_run_resumes_exactly(tmp_path):
+    """Four processes with a part of the experts each; one is killed where it cannot answer."""
+    from test_train import numbers
+
+    from dsv2.train import read_lines
+
+    (tmp_path / "a").mkdir()
+    never = torchrun("live", tmp_path / "a" / "run", processes=LIVES)
+    assert never.returncode == 0, never.stderr
+    expected = numbers(read_lines(tmp_path / "a" / "run" / "metrics.jsonl"))
+    assert len(expected) == STEPS
+
+    (tmp_path / "b").mkdir()
+    out = tmp_path / "b" / "run"
+    running = torchrun(
+        "live", out, processes=LIVES, run=subprocess.Popen, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    try:
+        deadline = time.monotonic() + 150
+        while not list((out / "checkpoints").glob(f"step-{SAVE_EVERY * 2:08d}")):
+            assert running.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline, "no checkpoint came"
+            time.sleep(0.02)
+        os.kill(int((tmp_path / "b" / "process-2").read_text()), signal.SIGKILL)
+        _, said = running.communicate(timeout=60)  # a minute is what the course promises
+    finally:
+        running.kill()
+    assert running.returncode != 0
+    for rank in (0, 1, 3):
+        assert f"dsv2.train: process {rank} of {LIVES}: another process of the run is gone" in said, said
+    assert len(read_lines(out / "metrics.jsonl")) < STEPS
+
+    resumed = torchrun("live", out, "resume", processes=LIVES)
+    assert resumed.returncode == 0, resumed.stderr
+    assert numbers(read_lines(out / "metrics.jsonl")) == expected
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], Path(sys.argv[2])))
+    sys.exit(main(sys.argv[1], Path(sys.argv[2]), "resume" in sys.argv))

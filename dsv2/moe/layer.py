@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from dsv2.config import DSV2Config
 from dsv2.layers import SwiGLU
 from dsv2.moe.balance import drop_tokens
 from dsv2.moe.experts import RoutedExperts
+from dsv2.moe.parallel import ExpertParallel
 from dsv2.moe.routing import Router, Routing
 
 EXEMPT_SHARE = 0.1  # of the sequences, which keep all their tokens (section 2.2.4)
@@ -22,6 +25,8 @@ class DeepSeekMoE(nn.Module):
     `cfg.capacity_factor`, tokens are dropped in training, never in evaluation: by device here, as DeepSeek-V2
     does, or by expert in the routers of other papers.
 
+    `parallel`: who carries tokens to experts on other devices, and back; None: all experts are here.
+
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.2, equation 20 (without the residual u_t, which the block
     adds).
     """
@@ -32,6 +37,7 @@ class DeepSeekMoE(nn.Module):
         self.router = Router(cfg)
         self.device_budget = cfg.capacity_factor if cfg.router == "deepseek" else None
         self.experts = RoutedExperts(cfg.n_routed_experts, cfg.hidden_size, cfg.moe_intermediate_size)
+        self.parallel: ExpertParallel | None = None  # set where the experts live on several devices
         self.shared = None
         if cfg.n_shared_experts:
             self.shared = SwiGLU(cfg.hidden_size, cfg.n_shared_experts * cfg.moe_intermediate_size)
@@ -43,7 +49,8 @@ class DeepSeekMoE(nn.Module):
         if self.training and self.device_budget is not None:
             exempt = torch.rand(x.shape[0], device=x.device) < EXEMPT_SHARE
             routing.kept = drop_tokens(routing, self.cfg.n_group, self.device_budget, exempt, attention_mask)
-        out = self.experts(
+        run = self.experts if self.parallel is None else partial(self.parallel, self.experts)
+        out = run(
             x.flatten(0, 1),
             routing.expert_ids.flatten(0, 1),
             routing.weights.flatten(0, 1),

@@ -178,6 +178,7 @@ def run_inbox(
     """sum_i g_i FFN_i(u) over one device's experts i, for every message (a part of equation 20's sum)."""
     order = local_ids.argsort(stable=True)
     message = message[order]
+    w_gate_up, w_down = w_gate_up.to(states.dtype), w_down.to(states.dtype)
     rows = states.index_select(0, message)
     if len(order):
         run = run_grouped if grouped_mm_available(rows, w_down.shape[-1]) else run_sorted
@@ -377,12 +378,14 @@ class ProcessGroup(Devices):
         if tokens is not None:
             raise ValueError("tokens is for FakeDevices; a process passes its own tokens as x")
         mine = placement.experts_on(self.here[0])
-        if len(experts.w_down) != len(mine):
+        # Of a weight that is spread over processes (dsv2.train), the part that is here.
+        stacks = [w.to_local() if hasattr(w, "to_local") else w for w in (experts.w_gate_up, experts.w_down)]
+        if len(stacks[0]) != len(mine):
             raise ValueError(
                 f"device {self.here[0]} holds {len(mine)} of {placement.n_experts} experts by the placement, "
-                f"but the weights of {len(experts.w_down)} were passed; Placement.local takes its own out"
+                f"but the weights of {len(stacks[0])} were passed; Placement.local takes its own out"
             )
-        return [n], [(experts.w_gate_up, experts.w_down)]
+        return [n], [tuple(stacks)]
 
 
 # ------------------------------------------------------------------------------------------- all together

@@ -28,7 +28,7 @@ from dsv2.data import (
     ngram_baselines,
     prepare,
 )
-from dsv2.train.distributed import World, leave, start_world
+from dsv2.train.distributed import World, leave, lost_process, start_world
 from dsv2.train.loop import DISPLAYS, Stopped, describe_validation, make_path, run
 from dsv2.train.run_directory import RunDirectory, read_lines, replace_file
 from dsv2.train.schedule import DTYPES, SCHEDULES, TrainConfig
@@ -122,6 +122,12 @@ def parser() -> argparse.ArgumentParser:
     machine = top.add_argument_group("the machine")
     machine.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     machine.add_argument(
+        "--expert-parallel",
+        type=int,
+        metavar="P",
+        help="share out the experts of a layer over P of torchrun's processes (default: 1)",
+    )
+    machine.add_argument(
         "--dtype", choices=DTYPES, help="default: bfloat16 on CUDA; weights are float32 in either"
     )
     machine.add_argument("--threads", type=int, help="of the CPU; exact resume needs the same number")
@@ -169,9 +175,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _end(str(error), NON_FINITE)
     except (ValueError, OSError) as error:
         return _end(str(error), 2)
-    except Exception:
+    except Exception as error:
+        if lost := lost_process(error):
+            return _end(f"another process of the run is gone ({lost}); {GO_ON}", 1)
         traceback.print_exc()
         return _end("stopped by the error above", 1)
+
+
+GO_ON = "the same command with --resume goes on from the last checkpoint"
 
 
 def _end(message: str, status: int) -> int:
@@ -190,7 +201,7 @@ def _run(options: dict[str, Any], command: list[str]) -> int:
     if "threads" in options:
         torch.set_num_threads(options["threads"])
     directory = RunDirectory(make_path(options.get("out", f"runs/{options.get('preset', 'tiny')}")))
-    world = start_world(options.get("device"))
+    world = start_world(options.get("device"), options.get("expert_parallel", 1))
     minutes = options.get("minutes")
     if minutes is not None and minutes <= 0:
         raise ValueError(f"--minutes must be greater than 0; got {minutes:g}")

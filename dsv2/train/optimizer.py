@@ -20,10 +20,14 @@ def make_optimizer(parameters: dict[str, Tensor], config: TrainConfig) -> torch.
     checkpoint can be read into it.
     """
     weights = list(parameters.values())
-    groups = [
-        {"params": [p for p in weights if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    meshes = {getattr(p, "device_mesh", None): None for p in weights}  # one step moves weights of one mesh
+    groups = []
+    for mesh in meshes:
+        those = [p for p in weights if getattr(p, "device_mesh", None) == mesh]
+        groups += [
+            {"params": [p for p in those if p.dim() > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in those if p.dim() <= 1], "weight_decay": 0.0},
+        ]
     device = weights[0].device
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(

@@ -32,7 +32,14 @@ from dsv2.train.checkpoint import (
     remove_unfinished,
     save_checkpoint,
 )
-from dsv2.train.distributed import World, put, spread, start_world, whole
+from dsv2.train.distributed import (
+    World,
+    average_expert_gradients,
+    clip_gradients,
+    put,
+    spread,
+    start_world,
+)
 from dsv2.train.optimizer import MasterWeights, gather, initialize, make_optimizer, optimizer_tensors
 from dsv2.train.run_directory import RunDirectory, append_line, cut_lines
 from dsv2.train.schedule import TrainConfig
@@ -179,7 +186,8 @@ class Trainer:
                 totals += torch.stack((loss.detach(), output.balance_loss.detach().float()))
                 load = torch.stack([routing.load() for routing in output.routings] or [totals.new_zeros(1)])
                 loads = load if loads is None else loads + load
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.clip))
+        average_expert_gradients(self.parameters.values(), world)
+        norm = clip_gradients(self.parameters.values(), config.clip, world)
         totals = world.sum(totals) / (config.micro_batches * world.size)
         loss, balance_loss, grad_norm = (*totals.tolist(), float(norm))
         if math.isfinite(loss + balance_loss + grad_norm):
