@@ -218,5 +218,23 @@ def test_a_killed_process_ends_all_and_the_run_resumes_exactly(tmp_path):
     assert numbers(read_lines(out / "metrics.jsonl")) == expected
 
 
+def test_processes_that_experts_cannot_be_shared_out_over_are_refused():
+    from dsv2.train import start_world
+
+    for processes in (2, 0):
+        with pytest.raises(ValueError, match=f"expert_parallel={processes} must divide the number of"):
+            start_world("cpu", expert_parallel=processes)
+
+
+def test_only_what_a_lost_process_causes_is_called_that():
+    from dsv2.train.distributed import lost_process
+
+    gloo = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1234\nmore"
+    assert lost_process(RuntimeError(gloo)) == gloo.splitlines()[0]
+    assert lost_process(RuntimeError("NCCL communicator was aborted")) != ""
+    assert lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) == ""
+    assert lost_process(KeyError("gloo")) == ""
+
+
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1], Path(sys.argv[2]), "resume" in sys.argv))
