@@ -7,6 +7,7 @@ import importlib
 import sys
 
 BENCHMARKS = {
+    "balance": "small models trained with and without the balance losses: experts' loads and losses",
     "decode": "attention over the latent cache: our kernels, their peers and the hardware's limit",
     "generate": "decoding and prefill of a V2-Lite-shaped model against transformers and the limit",
     "moe": "a layer of experts against transformers and the limit",

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from dsv2.viz.balance import (
+    balance_explorer,
+    balance_outcomes,
+    busiest_device,
+    load_bars,
+    load_history,
+    starved,
+    starved_curves,
+)
+from dsv2.viz.balance_simulation import BalanceSimulation, simulate_balance
 from dsv2.viz.cache import (
     attention_intensity,
     cache_calculator,
@@ -51,11 +61,15 @@ from dsv2.viz.style import describe, png, save
 from dsv2.viz.widgets import Explorer, LiveGeneration, live_generation, routing_browser
 
 __all__ = [
+    "BalanceSimulation",
     "Explorer",
     "LiveGeneration",
     "absorption_errors",
     "attention_intensity",
+    "balance_explorer",
+    "balance_outcomes",
     "benchmark_bars",
+    "busiest_device",
     "cache_bars",
     "cache_bytes_per_token",
     "cache_calculator",
@@ -79,6 +93,8 @@ __all__ = [
     "latent_explorer",
     "latent_sizes",
     "live_generation",
+    "load_bars",
+    "load_history",
     "loss_against_cache",
     "memory_bars",
     "model_diagram",
@@ -97,6 +113,9 @@ __all__ = [
     "save",
     "schedule_explorer",
     "schedule_figure",
+    "simulate_balance",
+    "starved",
+    "starved_curves",
     "step_times",
     "traffic_bars",
     "training_curves",
