@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_viz import outside, overlaps, texts_of
 
+from dsv2 import DSV2Config
 from dsv2.bench import balance as runs_of_balance
 from dsv2.data import find_corpus, prepare
 from dsv2.moe import balance, device_limited_top_k
@@ -218,7 +219,7 @@ def test_the_stored_runs_show_the_collapse_and_its_cure():
             assert starved(layer) >= len(layer) / 4 and starved(healthy) == 0
     for name in ("command", "date", "device", "versions", "corpus_fingerprint", "training"):
         assert STORED[name]
-    assert STORED["model"] == runs_of_balance.MODEL.to_dict()
+    assert DSV2Config.from_dict(STORED["model"]) == runs_of_balance.MODEL
 
 
 def test_a_run_is_counted_and_repeatable(tmp_path: Path):

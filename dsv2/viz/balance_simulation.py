@@ -21,6 +21,9 @@ STEPS, EVERY = 120, 4
 RATE, RATE_ROUTER, NOISE = 6.0, 1.5, 0.35  # of the experts, of the router; of the tokens in a cluster
 
 
+LONGEST = 0.1  # of the experts' gradient
+
+
 @dataclass(frozen=True)
 class BalanceSimulation:
     """What `simulate_balance` found, at each of the `steps` looked at; the last is the end.
@@ -122,5 +125,6 @@ def simulate_balance(
         by_logit = scores * (by_score - (scores * by_score).sum(axis=1, keepdims=True))
         by_expert = (gates.T[:, :, None] * x).transpose(0, 2, 1) @ slope
         router -= RATE_ROUTER * (x.T @ by_logit)
-        experts -= RATE * by_expert
+        # Clipped, as in training: one expert that suddenly has all tokens would take too long a step.
+        experts -= RATE * by_expert * min(1.0, LONGEST / np.linalg.norm(by_expert))
     return BalanceSimulation(*(np.array(column) for column in zip(*found)))
