@@ -173,4 +173,6 @@ def test_many_contenders_lines_all_have_a_name_inside_the_figure():
 def test_default_files_carry_the_devices_name():
     assert bench.default_file("decode", {"device": "NVIDIA H100 80GB HBM3"}).name == "decode_h100.json"
     assert bench.default_file("generate", {"device": "Tesla T4"}).name == "generate_t4.json"
+    cpu = "AMD EPYC (AVX512), 2 threads"
+    assert bench.default_file("moe", {"device": cpu}).name == "moe_cpu.json"
     assert whole.decoding_row("dsv2", 4, 100, 2.0)["tokens_per_second"] == 2000.0

@@ -481,7 +481,7 @@ def table(report: dict) -> str:
 
 def default_file(name: str, report: dict) -> Path:
     """data/benchmarks/NAME_DEVICE.json, the device as in h100, or cpu."""
-    if not torch.cuda.is_available():
+    if report["device"].endswith("threads"):
         return RESULTS / f"{name}_cpu.json"
     words = report["device"].lower().split()
     known = next((word for word in words if any(c.isdigit() for c in word)), "gpu")
