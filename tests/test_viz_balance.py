@@ -53,7 +53,7 @@ def test_its_losses_and_their_slope_are_the_packages():
         balance.communication_balance_loss(scores, ids, 1.0, DEVICES, MOST_DEVICES),
     )
     found = simulation.balance_losses(scores.detach()[0].numpy(), chosen)
-    assert found == pytest.approx([float(part) for part in parts], rel=1e-5)
+    assert found == pytest.approx([part.item() for part in parts], rel=1e-5)
     total = sum(alpha * part for alpha, part in zip(ALPHAS, parts))
     (slope,) = torch.autograd.grad(total, scores)
     by_hand = np.broadcast_to(simulation.loss_slopes(chosen, ALPHAS) / TOKENS, (TOKENS, EXPERTS))
