@@ -292,7 +292,7 @@ def balance_explorer(
         )
     }
     controls["shared"] = ipywidgets.FloatSlider(
-        value=shared, min=0, max=1.25, step=0.25, description="what tokens have in common", **about
+        value=shared, min=0, max=1.25, step=0.25, description="shared part of tokens", **about
     )
     controls["seed"] = ipywidgets.IntSlider(value=seed, min=0, max=9, description="seed", **about)
     explorer = Explorer(
