@@ -207,12 +207,11 @@ def balance_outcomes(stored: Mapping[str, Any]) -> Figure:
             panel.plot([np.mean(values)] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=2.5)
             plain = what.replace("\n", " ")
             said.append(f"{plain}, {name}: {np.mean(values):.3g} ({min(values):.3g} to {max(values):.3g})")
-        if "loss" not in what:
-            panel.set_xlim(left=min(0, panel.get_xlim()[0]))
+        low, high = panel.get_xlim()
+        panel.set_xlim(low if "loss" in what else min(0, low), high + 0.08 * (high - low))
         if "aim" in what:
             panel.axvline(1, color=INK, linewidth=2, linestyle=(0, (4, 3)), zorder=0)
         panel.xaxis.set_major_locator(MaxNLocator(3))
-        panel.margins(x=0.12)
         panel.set_xlabel(what, fontsize=SMALL, color=INK)
         panel.tick_params(axis="y", length=0)
     panels[0].set_yticks(range(len(found)), list(found), fontsize=BASE)
@@ -293,7 +292,7 @@ def balance_explorer(
         )
     }
     controls["shared"] = ipywidgets.FloatSlider(
-        value=shared, min=0, max=1.5, step=0.25, description="what tokens have in common", **about
+        value=shared, min=0, max=1.25, step=0.25, description="shared part of tokens", **about
     )
     controls["seed"] = ipywidgets.IntSlider(value=seed, min=0, max=9, description="seed", **about)
     explorer = Explorer(
