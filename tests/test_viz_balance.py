@@ -12,6 +12,7 @@ from test_viz import outside, overlaps, texts_of
 
 from dsv2 import DSV2Config
 from dsv2.bench import balance as runs_of_balance
+from dsv2.bench import runs
 from dsv2.data import find_corpus, prepare
 from dsv2.moe import balance, device_limited_top_k
 from dsv2.train import TrainConfig
@@ -21,7 +22,7 @@ from dsv2.viz.balance import DEVICE_COLOURS, busiest_device, fair_shares, starve
 from dsv2.viz.balance_simulation import CHOSEN, DEVICES, EXPERTS, MOST_DEVICES, TOKENS, simulate_balance
 from dsv2.viz.style import SMALL
 
-STORED = json.loads(runs_of_balance.OUT.read_text(encoding="utf-8"))
+STORED = json.loads(runs_of_balance.STUDY.out.read_text(encoding="utf-8"))
 RUNS = STORED["runs"]
 ALPHAS = (0.3, 0.2, 0.1)
 
@@ -230,12 +231,12 @@ def test_a_run_is_counted_and_repeatable(tmp_path: Path):
     windows = data.validation.validation_windows(32, 3)
     cfg = runs_of_balance.with_alphas(cfg, (0.003, 0.05, 0.02))
     assert (cfg.aux_loss_alpha, cfg.device_loss_alpha, cfg.communication_loss_alpha) == (0.003, 0.05, 0.02)
-    found, trainer = runs_of_balance.train_and_count(cfg, config, data, windows, every=2)
+    found, trainer = runs.train_and_count(cfg, config, data, windows, every=2)
     assert found["steps"] == [0, 2, 3] and len(found["losses"]) == 3
     assert np.shape(found["loads"]) == (3, 1, 32)
     assert (np.sum(found["loads"], axis=-1) == windows.tokens.numel() * 4).all()
-    assert runs_of_balance.train_and_count(cfg, config, data, windows, every=2)[0] == found
-    devices = runs_of_balance.count_devices(trainer.model, windows)
+    assert runs.train_and_count(cfg, config, data, windows, every=2)[0] == found
+    devices = runs.count_devices(trainer.model, windows)
     (routing,) = trainer.model.eval()(windows.tokens).routings
     for device, received in enumerate(devices["received"][0]):
         sent = [any(e // 4 == device for e in token) for row in routing.expert_ids.tolist() for token in row]

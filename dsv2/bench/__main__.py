@@ -9,9 +9,11 @@ import sys
 BENCHMARKS = {
     "balance": "small models trained with and without the balance losses: experts' loads and losses",
     "decode": "attention over the latent cache: our kernels, their peers and the hardware's limit",
+    "device-limit": "small models trained with tokens limited to 1 to 8 devices",
     "generate": "decoding and prefill of a V2-Lite-shaped model against transformers and the limit",
     "moe": "a layer of experts against transformers and the limit",
     "model": "training, prefill and decoding of a whole model against transformers",
+    "routers": "models trained with experts and routers of several papers",
 }
 
 
@@ -28,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments[:1] or ["--help"])
-    return importlib.import_module(f"dsv2.bench.{options.name}").main(arguments[1:])
+    return importlib.import_module(f"dsv2.bench.{options.name.replace('-', '_')}").main(arguments[1:])
 
 
 if __name__ == "__main__":
