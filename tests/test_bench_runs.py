@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -83,15 +84,30 @@ def test_the_command_writes_one_file_with_everything(tmp_path, monkeypatch, caps
         def __exit__(self, *_):
             pass
 
-        imap = staticmethod(map)
+        imap_unordered = staticmethod(map)
+
+    trained = []
+
+    def measured(cfg, config, directory):
+        assert directory == tmp_path
+        trained.append((cfg.topk_group, config.seed))
+        if len(trained) == 3 and stops:
+            raise KeyboardInterrupt
+        return FOUND | {"val_nats_per_byte": cfg.topk_group}
 
     monkeypatch.setattr(runs.multiprocessing, "get_context", lambda method: type("", (), {"Pool": Inline}))
-    monkeypatch.setattr(runs, "measure", lambda cfg, config: FOUND | {"val_nats_per_byte": cfg.topk_group})
+    monkeypatch.setattr(runs, "measure", measured)
+    packed = SimpleNamespace(manifest={"fingerprint": "abc"}, directory=tmp_path)
     monkeypatch.setattr(runs, "find_corpus", lambda **_: None)
-    monkeypatch.setattr(runs, "prepare", lambda _: type("", (), {"manifest": {"fingerprint": "abc"}}))
+    monkeypatch.setattr(runs, "prepare", lambda _: packed)
     out = tmp_path / "new" / "runs.json"
     arguments = ["--seeds", "2", "--steps", "7", "--processes", "3", "--only", "M = 1", "M = 3"]
-    assert bench(["device-limit", *arguments, "--out", str(out)]) == 0
+    stops = True
+    with pytest.raises(KeyboardInterrupt):
+        bench(["device-limit", *arguments, "--out", str(out)])
+    stops = False
+    assert bench(["device-limit", *arguments, "--out", str(out)]) == 0  # goes on where it was stopped
+    assert trained == [(1, 0), (3, 0), (1, 1), (1, 1), (3, 1)]
     stored = json.loads(out.read_text(encoding="utf-8"))
     assert [(run["name"], run["seed"]) for run in stored["runs"]] == [
         (name, seed) for seed in (0, 1) for name in ("M = 1", "M = 3")
@@ -100,9 +116,14 @@ def test_the_command_writes_one_file_with_everything(tmp_path, monkeypatch, caps
     assert stored["training"]["steps"] == 7 and stored["corpus_fingerprint"] == "abc"
     assert DSV2Config.from_dict(stored["models"]["M = 3"]) == device_limit.STUDY.models["M = 3"]
     assert "M = 1                seed 0: 1.0000 nats per byte,   1 of 4 experts" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        bench(["device-limit", "--only", "M = 5"])
-    assert "M = 5" in capsys.readouterr().err
+    for changed in (["--steps", "8"], ["--seeds", "3", "--steps", "8"]):  # other runs: none is taken over
+        trained.clear()
+        bench(["device-limit", *arguments, *changed, "--out", str(out)])
+        assert len(trained) == {2: 4, 4: 2}[len(changed)]
+    for wrong in (["--only", "M = 5"], ["--data", str(tmp_path / "nothing")]):
+        with pytest.raises(SystemExit):
+            bench(["device-limit", *wrong])
+        assert wrong[1] in capsys.readouterr().err
 
 
 FOUND = {"steps": [0, 7], "loads": [[[1, 1, 1, 1]], [[21, 0, 10, 9]]], "losses": [2.0], "seconds": 3.0}

@@ -70,7 +70,7 @@ LARGE_STUDY = runs.Study(
     "routers-large",
     STUDY.about,
     models(LARGE, 192),
-    TRAINING.replace(steps=1500, batch_size=64, seq_len=256, lr=1e-3, dtype="bfloat16"),
+    TRAINING.replace(steps=1000, batch_size=64, seq_len=256, lr=1e-3, dtype="bfloat16"),
 )
 
 

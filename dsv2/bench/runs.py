@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dsv2.bench.measure import provenance
 from dsv2.config import DSV2Config
 from dsv2.data import PackedDataset, find_corpus, prepare
-from dsv2.data.packing import Batch
+from dsv2.data.packing import Batch, PackedDataError
 from dsv2.model import DeepSeekV2
 from dsv2.moe import drop_tokens
 from dsv2.moe.balance import device_reach
@@ -100,10 +100,10 @@ def count_devices(model: DeepSeekV2, windows: Batch) -> dict[str, list[Any]]:
     return found
 
 
-def measure(cfg: DSV2Config, config: TrainConfig) -> dict[str, Any]:
-    """One run on the text of this machine: what `train_and_count` finds, and a longer look at the end."""
+def measure(cfg: DSV2Config, config: TrainConfig, directory: Path) -> dict[str, Any]:
+    """One run on packed text: what `train_and_count` finds, and a longer look at the end."""
     torch.set_num_threads(1)  # a run's numbers do not depend on how many run beside it
-    data = prepare(find_corpus(progress=False))
+    data = PackedDataset(directory)
     windows = data.validation.validation_windows(config.seq_len, COUNTED_WINDOWS)
     began = time.perf_counter()
     found, trainer = train_and_count(cfg, config, data, windows, every=max(1, config.steps // POINTS))
@@ -116,9 +116,9 @@ def measure(cfg: DSV2Config, config: TrainConfig) -> dict[str, Any]:
     return {**found, "seconds": round(seconds, 1)}
 
 
-def _measure(task: tuple[str, DSV2Config, TrainConfig]) -> dict[str, Any]:
-    name, cfg, config = task
-    return {"name": name, "seed": config.seed, **measure(cfg, config)}
+def _measure(task: tuple[str, DSV2Config, TrainConfig, Path]) -> dict[str, Any]:
+    name, cfg, config, directory = task
+    return {"name": name, "seed": config.seed, **measure(cfg, config, directory)}
 
 
 # ------------------------------------------------------------------------------------------------ all runs
@@ -144,21 +144,27 @@ def main(
     )
     if large is not None:  # taken above; here for --help
         parser.add_argument("--large", action="store_true", help="larger models and longer runs, for a GPU")
-    parser.add_argument("--out", type=Path, default=study.out, help=f"(default: data/runs/{study.out.name})")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="packed text made by python -m dsv2.data --out DIR (default: the text of this machine)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=study.out,
+        help="runs of the same kind that it holds are not repeated "
+        f"(default: {study.out.relative_to(DATA.parents[1])})",
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    data = prepare(find_corpus())
+    try:
+        data = PackedDataset(options.data) if options.data else prepare(find_corpus())
+    except PackedDataError as error:
+        parser.error(f"--data: {error}")
     training = study.training.replace(steps=options.steps)
-    tasks = [
-        (name, study.models[name], training.replace(seed=seed))
-        for seed in range(options.seeds)
-        for name in options.only or study.models
-    ]
-    runs = []
-    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-        for run in tqdm(pool.imap(_measure, tasks), total=len(tasks), unit="run", disable=None):
-            runs.append(run)
-            tqdm.write(summary(run))
+    kinds = options.only or list(study.models)
     stored = {
         "what": f"Runs alike but for {study.about}. At each of steps, on {COUNTED_WINDOWS} validation "
         f"windows of {training.seq_len} tokens: loads, by layer and expert, how many tokens chose it; "
@@ -168,14 +174,48 @@ def main(
         **provenance(),
         "corpus_fingerprint": data.manifest["fingerprint"],
         **more,
-        "models": {name: study.models[name].to_dict() for name in options.only or study.models},
+        "models": {name: study.models[name].to_dict() for name in kinds},
         "training": training.to_dict(),
-        "runs": runs,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(stored, separators=(",", ":")) + "\n", encoding="utf-8")
+    wanted = [(name, seed) for seed in range(options.seeds) for name in kinds]
+    done = {key: run for key, run in earlier_runs(options.out, stored).items() if key in wanted}
+    if done:
+        print(f"{len(done)} of {len(wanted)} runs are in {options.out} already")
+    missing = [key for key in wanted if key not in done]
+    tasks = [
+        (name, study.models[name], training.replace(seed=seed), data.directory) for name, seed in missing
+    ]
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        for run in tqdm(pool.imap_unordered(_measure, tasks), total=len(tasks), unit="run", disable=None):
+            done[run["name"], run["seed"]] = run
+            tqdm.write(summary(run))
+            write(options.out, {**stored, "runs": [done[key] for key in wanted if key in done]})
     print(options.out)
     return 0
+
+
+def earlier_runs(path: Path, stored: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Runs, by name and seed, that a study which was stopped has left in `path`: of the same kind only."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if any(found[key] != stored[key] for key in ("device", "versions", "corpus_fingerprint", "training")):
+            return {}
+        models = stored["models"]
+        return {
+            (run["name"], run["seed"]): run
+            for run in found["runs"]
+            if run["name"] in models and found["models"][run["name"]] == models[run["name"]]
+        }
+    except (FileNotFoundError, KeyError, json.JSONDecodeError):
+        return {}
+
+
+def write(path: Path, report: Mapping[str, Any]) -> None:
+    """Write a study's file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(report, separators=(",", ":")) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def summary(run: dict[str, Any]) -> str:
