@@ -90,8 +90,8 @@ def step_builds() -> Iterator[Build]:
     )
     types = dict.fromkeys(half, "*bf16") | dict.fromkeys(("eps", "length", "scaling"), "fp32")
     types |= dict.fromkeys(("summands", "weights", "scores", "cos", "sin", "angles"), "*fp32")
-    types |= dict.fromkeys(("lengths", "active", "order", "starts", "arrivals"), "*i32")
-    types |= dict.fromkeys(("ids", "expert_ids", "place"), "*i64")
+    types |= dict.fromkeys(("lengths", "active", "order", "starts", "arrivals", "place", "count"), "*i32")
+    types |= dict.fromkeys(("ids", "expert_ids"), "*i64")
     odd = frozenset(
         {"batch", "experts", "routed", "k", "n_group", "topk_group", "heads", "pairs"}
         | {"heads_each", "experts_each"}
@@ -130,14 +130,22 @@ def step_builds() -> Iterator[Build]:
         route = experts.choose_route_blocks(1, count, width)
         del route["experts_each"]
         warps = route.pop("num_warps")
-        route |= {"GROUPED": groups > 0, "GROUPS": max(groups, 1), "NORMALISE": False}
+        route |= {"GROUPED": groups > 0, "GROUPS": max(groups, 1), "NORMALISE": False, "NORM": True}
         route["EXPERTS"] = triton.next_power_of_2(count)
         yield build(f"norm_route, {count} experts", experts.norm_route_kernel, warps, **route)
     yield build("sort", experts.sort_kernel, QUERIES=16, CHUNK=128)
     yield build("swiglu", prefill.swiglu_kernel, COLUMNS=1024)
     yield build("rms_norm", prefill.rms_norm_kernel, WIDTH=2048)
     yield build("rotate", prefill.rotate_kernel, HEADS=16, PAIRS=32)
-    yield build("add_up", prefill.add_up_kernel, 8, {"total": "*bf16"}, K=6, WIDTH=2048)
+    yield build("add_up", prefill.add_up_kernel, 8, {"total": "*bf16"}, K=6, WIDTH=2048, WEIGHTED=True)
+    slopes = {"order": "*i64", "weights_slope": "*fp32"} | dict.fromkeys(("slope", "gate_up_slope"), "*bf16")
+    yield build(
+        "swiglu, backward",
+        prefill.weighted_swiglu_backward_kernel,
+        8,
+        slopes | {"hidden": "*bf16"},
+        WIDTH=2048,
+    )
 
 
 def attention_builds(capability: int) -> Iterator[Build]:

@@ -71,7 +71,9 @@ def passes() -> None:
     prefill.swiglu(normal(3, 84))
     prefill.rms_norm(normal(5, 130), normal(130), 1e-6)
     prefill.rotate_pairs(normal(2, 3, 5, 12), normal(2, 3, 6), normal(2, 3, 6))
-    prefill.add_up(normal(15, 45), normal(5, 3), torch.randperm(15, device="cuda"))
+    order, count = torch.randperm(15, device="cuda"), torch.tensor([13], dtype=torch.int32, device="cuda")
+    prefill.add_up(normal(15, 45), normal(5, 3), order, count, 5)
+    prefill.weighted_swiglu_backward(normal(15, 45), normal(15, 90), normal(5, 3), order, count)
 
 
 PARTS = {

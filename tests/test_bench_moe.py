@@ -45,7 +45,7 @@ def test_both_are_given_the_same_backward_pass(pair):
             )
             for parameter in layer.parameters()
         ]
-        step()
+        step(task.inputs[0])
         for handle in handles:
             handle.remove()
     # The shared experts' gate and up are one parameter here and two there.
@@ -60,8 +60,22 @@ def test_the_limit_is_reading_or_multiplying(pair):
     few = bench.make_task(ours, peer, 400, backward=False)  # with so many tokens, every expert is hit
     assert bench.limit(ours, few, 1.0, 1e30) == everything * one * 4
     assert bench.limit(ours, few, 1e30, 1.0) == 2 * 400 * (5 + SMALL.n_shared_experts) * one
+    # Backward: those that are hit twice, and a gradient for every one.
     single = bench.make_task(ours, peer, 1, backward=True)
-    assert bench.limit(ours, single, 1.0, 1e30) == 3 * (5 + SMALL.n_shared_experts) * one * 4
+    assert bench.limit(ours, single, 1.0, 1e30) == (2 * (5 + SMALL.n_shared_experts) + everything) * one * 4
+    assert bench.limit(ours, single, 1e30, 1.0) == 3 * 2 * (5 + SMALL.n_shared_experts) * one
+
+
+def test_calls_of_one_graph_take_different_tokens(pair, monkeypatch):
+    ours, peer = pair
+    task = bench.make_task(ours, peer, 3, backward=False)
+    task.inputs = torch.randn(4, 1, 3, 48)
+    seen = []
+    run, graph = bench.all_calls(lambda x: seen.append(x), task.inputs)
+    run()
+    assert torch.equal(torch.stack(seen), task.inputs) and not graph
+    row = bench.result(task, bench.Pair((0.8, 0.4, 0.4), (1.2, 1.2, 1.2)), "eager")
+    assert (row["ours"], row["peer"], row["ratio"], row["calls"]) == (100, 300, 3, 4)
 
 
 @pytest.mark.slow

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv2 import layers, rope
+from dsv2 import DSV2Config, layers, rope
 from dsv2.kernels import experts, prefill
 from dsv2.kernels.backend import triton
 from dsv2.kernels.experts import Choice
+from dsv2.moe import DeepSeekMoE
+from dsv2.moe import experts as moe_experts
+from dsv2.moe import layer as moe_layer
 
 pytestmark = pytest.mark.skipif(triton is None, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -198,6 +201,16 @@ def check_router(module, choice: Choice, batch: int = 5, width: int = 130) -> No
         assert relative(weights[b], expected) < 1e-5
 
 
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_router_of_what_is_normalised_already(choice):
+    x, router = normal(1, 5, 2 * 130)[:, :130], normal(3, 12, 130, scale=0.1)
+    normed, ids, weights, scores = experts.norm_route(x, None, 0.0, router, choice)
+    expected = experts.norm_route_reference(x, None, 0.0, router, choice)
+    assert normed is x and torch.equal(ids, expected[1])
+    for found, true in ((weights, expected[2]), (scores, expected[3])):
+        assert relative(found, true) < 1e-5
+
+
 # One program for a token's experts, several, and several that take some of them one after the other.
 ROUTED = ((5, 130), (5, 2050), (64, 2050))
 
@@ -312,15 +325,148 @@ def test_rotation_equals_rope(dtype):
     assert relative(prefill.rotate_pairs(x, angles.cos(), angles.sin()), expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("dropped", [0, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_adding_up_equals_a_loop(dtype):
+def test_adding_up_equals_a_loop(dtype, dropped, weighted):
     tokens, k, width = 11, 3, 45
     order = torch.randperm(tokens * k, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     out, weights = normal(2, tokens * k, width, dtype=dtype), normal(3, tokens, k).abs()
+    count = torch.tensor([tokens * k - dropped], dtype=torch.int32, device=DEVICE)
     expected = torch.zeros(tokens, width, dtype=torch.float64, device=DEVICE)
-    for row, pair in enumerate(order.tolist()):
-        expected[pair // k] += weights.double()[pair // k, pair % k] * out[row].double()
-    assert relative(prefill.add_up(out, weights, order), expected) < TOLERANCE[dtype]
+    for row, pair in enumerate(order.tolist()[: int(count)]):
+        weight = weights.double()[pair // k, pair % k] if weighted else 1
+        expected[pair // k] += weight * out[row].double()
+    out[int(count) :] = torch.nan  # never written by the products before
+    found = prefill.add_up(out, weights if weighted else None, order, count, tokens)
+    assert relative(found, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_of_a_weighted_swiglu_equals_autograd(dtype):
+    tokens, k, width, kept = 5, 3, 41, 13
+    order = torch.randperm(tokens * k, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    gate_up, slope = (normal(s, tokens * k, w, dtype=dtype) for s, w in ((2, 2 * width), (3, width)))
+    weights = normal(4, tokens, k).abs()
+    exact = [x.double().requires_grad_() for x in (gate_up, weights)]
+    gate, up = exact[0].chunk(2, dim=-1)
+    result = exact[1].flatten()[order][:, None] * gate * torch.sigmoid(gate) * up
+    (result * slope.double())[:kept].sum().backward()
+    gate_up[kept:], slope[kept:] = torch.nan, torch.nan
+    count = torch.tensor([kept], dtype=torch.int32, device=DEVICE)
+    hidden, gate_up_slope, weights_slope = prefill.weighted_swiglu_backward(
+        slope, gate_up, weights, order, count
+    )
+    assert relative(hidden[:kept], result.detach()[:kept]) < TOLERANCE[dtype]
+    assert relative(gate_up_slope[:kept], exact[0].grad[:kept]) < TOLERANCE[dtype]
+    assert relative(weights_slope, exact[1].grad) < TOLERANCE[dtype]
+    assert (weights_slope.flatten()[order[kept:]] == 0).all()
+
+
+def one_by_one(rows, weights, ends):
+    """torch's grouped product where there is none: each group by itself. Rows outside of them are garbage."""
+    starts = [0, *ends.tolist()]
+    if weights.ndim == 2:  # both along the groups: one matrix for each
+        return torch.stack([rows[:, a:b] @ weights[a:b] for a, b in zip(starts, starts[1:])])
+    out = rows.new_full((len(rows), weights.shape[-1]), torch.nan)
+    for group, (a, b) in enumerate(zip(starts, starts[1:])):
+        out[a:b] = rows[a:b] @ weights[group]
+    return out
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("drop", [False, True])
+def test_grouped_experts_equal_autograd(drop, frozen, monkeypatch):
+    """With two experts that nobody chose, at both ends; dropped pairs, of one token all; frozen experts."""
+    tokens, k, count, hidden, width = 7, 3, 9, 24, 40
+    if DEVICE == "cpu":
+        monkeypatch.setattr(moe_experts, "_grouped_mm", one_by_one)
+        monkeypatch.setattr(moe_experts, "grouped_mm_available", lambda x, width: True)
+        monkeypatch.setattr(moe_experts, "kernel_problem", lambda device: None)
+        monkeypatch.setattr(moe_experts.prefill, "fits", lambda x: True)
+    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
+    layer = moe_experts.RoutedExperts(count, hidden, width).to(DEVICE, dtype)
+    random = torch.Generator().manual_seed(1)
+    chosen = torch.stack([torch.randperm(count - 2, generator=random)[:k] + 1 for _ in range(tokens)])
+    kept = torch.rand(tokens, k, generator=random).to(DEVICE) < 0.7 if drop else None
+    if drop:
+        kept[3] = False
+    with torch.no_grad():
+        layer.w_gate_up.copy_(normal(2, count, 2 * width, hidden, scale=hidden**-0.5))
+        layer.w_down.copy_(normal(3, count, hidden, width, scale=width**-0.5))
+    x, weights, slope = (
+        normal(4, tokens, hidden, dtype=dtype),
+        normal(5, tokens, k),
+        normal(6, tokens, hidden),
+    )
+    exact = [t.detach().double().requires_grad_() for t in (x, weights, layer.w_gate_up, layer.w_down)]
+    expected = torch.zeros(tokens, hidden, dtype=torch.float64, device=DEVICE)
+    for t in range(tokens):
+        for i, e in enumerate(chosen[t].tolist()):
+            if kept is None or kept[t, i]:
+                gate, up = (exact[2][e] @ exact[0][t]).chunk(2)
+                add = exact[1][t, i] * (exact[3][e] @ (gate * torch.sigmoid(gate) * up))
+                expected = expected.index_add(0, torch.tensor([t], device=DEVICE), add[None])
+    (expected * slope.double()).sum().backward()
+    layer.requires_grad_(not frozen)
+    x.requires_grad_(), weights.requires_grad_()
+    out = layer(x, chosen.to(DEVICE), weights, kept)
+    assert "GroupedExperts" in type(out.grad_fn).__name__
+    (out * slope).sum().backward()
+    # bf16: what is handed from product to product is rounded five times on the way to w_gate_up's gradient
+    tolerance = 5e-6 if dtype == torch.float32 else 2e-2
+    assert relative(out.detach(), expected.detach()) < tolerance
+    for found, true in zip((x, weights, layer.w_gate_up, layer.w_down), exact):
+        if frozen and found.ndim == 3:
+            assert found.grad is None
+        else:
+            assert relative(found.grad, true.grad) < tolerance, found.shape
+
+
+LAYER = DSV2Config.preset("tiny").replace(
+    hidden_size=40, moe_intermediate_size=24, n_routed_experts=12, n_shared_experts=2, num_experts_per_tok=3
+)
+KINDS = {
+    "greedy": LAYER.replace(topk_method="greedy", n_group=1, topk_group=1),
+    "limited, scaled": LAYER.replace(
+        topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=5.0
+    ),
+    "normalised, nothing shared": LAYER.replace(norm_topk_prob=True, n_shared_experts=0),
+    **{router: LAYER.with_router(router) for router in ("dense", "switch", "gshard", "mixtral")},
+}
+
+
+@pytest.mark.parametrize("cfg", KINDS.values(), ids=list(KINDS))
+def test_a_layer_takes_few_tokens_through_the_kernels(cfg, monkeypatch):
+    monkeypatch.delenv("DSV2_IMPL", raising=False)
+    monkeypatch.setattr(prefill, "fits", lambda x: DEVICE == "cuda" and not torch.is_grad_enabled())
+    layer = DeepSeekMoE(cfg).to(DEVICE).eval()
+    with torch.no_grad():
+        for number, parameter in enumerate(layer.parameters()):
+            parameter.copy_(normal(number, *parameter.shape, scale=parameter.shape[-1] ** -0.5))
+    x = normal(20, 2, 5, 40)
+    expected, routing = layer(x.requires_grad_()) if DEVICE == "cuda" else layer(x)
+    x = x.detach()
+    launched = []
+    monkeypatch.setattr(moe_layer, "norm_route", lambda *a: launched.append(a) or experts.norm_route(*a))
+    monkeypatch.setattr(prefill, "fits", lambda x: not torch.is_grad_enabled())
+    with torch.no_grad():
+        out, found = layer(x)
+    assert len(launched) == 1
+    assert relative(out, expected.detach()) < 5e-6 and out.shape == x.shape and out.dtype == x.dtype
+    assert torch.equal(found.expert_ids, routing.expert_ids) and found.kept is None
+    assert relative(found.weights, routing.weights.detach()) < 1e-5
+    assert relative(found.scores, routing.scores.detach()) < 1e-5
+    if DEVICE == "cpu":
+        return  # the other paths would take kernels that are not there
+    for why in ("gradients", "training", "many tokens", "the learner's functions"):
+        with torch.no_grad(), monkeypatch.context() as patch:
+            if why == "the learner's functions":
+                patch.setenv("DSV2_IMPL", "mine")
+            layer.train(why == "training")
+            with torch.set_grad_enabled(why == "gradients"):
+                layer(x.repeat(1, 7 if why == "many tokens" else 1, 1))
+    assert len(launched) == 1
 
 
 def test_gradients_keep_the_plain_path():

@@ -65,17 +65,12 @@ def graph_seconds(calls: Sequence[Callable[[], object]], repeats: int = 15) -> f
     that the L2 cache does not serve one what another has left there.
     """
     calls = list(calls) * -(-GRAPH_CALLS // len(calls))  # the launch of a graph is shared by many calls
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:  # compiles, allocates
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def run() -> None:
         for call in calls:
             call()
-    times = []
+
+    graph, times = capture(run), []
     while len(times) < repeats + 2:
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
@@ -86,6 +81,19 @@ def graph_seconds(calls: Sequence[Callable[[], object]], repeats: int = 15) -> f
         if sum(times) > ENOUGH and len(times) >= LEAST + 2:
             break
     return statistics.median(times[2:]) / len(calls)
+
+
+def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of what `run` launches; it runs once before, to compile and allocate."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
 
 
 def product_rate(size: int = 8192, dtype: torch.dtype = torch.bfloat16) -> float:

@@ -1,9 +1,10 @@
 """A layer of experts against transformers' DeepseekV2Moe: the same weights, the same tokens, one run.
 
 Forward, and forward with backward, for a few tokens and for many. transformers is given its fastest
-implementation of the experts for each task. On a GPU each time also stands beside the limit: reading once the
-weights of the experts that are hit, at the speed of a copy, or doing the products at the speed of a large
-one, whichever takes longer. If the two layers do not compute the same, nothing is reported.
+implementation of the experts for each task. On a GPU both run from CUDA graphs, so that the GPU is timed and
+not Python, and each time also stands beside the limit: moving once what must be moved of the weights and
+their gradients, at the speed of a copy, or doing the products at the speed of a large one, whichever takes
+longer. If the two layers do not compute the same, nothing is reported.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dsv2.bench.decode import default_file
-from dsv2.bench.measure import Pair, product_rate, provenance, seconds, time_pairs
+from dsv2.bench.measure import Pair, capture, product_rate, provenance, seconds, time_pairs
 from dsv2.bench.model import IMPLEMENTATIONS
 from dsv2.config import DSV2Config
 from dsv2.generate.measure import copy_bandwidth
@@ -33,18 +34,23 @@ LITE = DSV2Config.preset("lite")
 LAPTOP = LITE.replace(hidden_size=512, moe_intermediate_size=352)
 TOKENS = {"cpu": (1, 32, 512, 2048), "cuda": (1, 32, 512, 8192)}
 LARGEST_DIFFERENCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of |ours - peer| / |peer|
+CALLS = {1: 32, 32: 8, 512: 8, 8192: 2}  # in one graph, each with tokens, and so experts, of its own
 GATHERED = 64  # tokens up to which transformers' batched_mm, a copy of the weights for each, is tried
 
 
 @dataclass
 class Task:
-    """Both layers on the same tokens; `ours` and `peer` take no argument."""
+    """One step of either layer, on hidden states (1, tokens, D); inputs: (calls, 1, tokens, D)."""
 
     name: str
-    tokens: int
     backward: bool
-    ours: Callable[[], object]
-    peer: Callable[[], object]
+    inputs: Tensor
+    ours: Callable[[Tensor], object]
+    peer: Callable[[Tensor], object]
+
+    @property
+    def tokens(self) -> int:
+        return self.inputs.shape[2]
 
 
 def make_pair(cfg: DSV2Config, device: str, dtype: torch.dtype, seed: int = 0):
@@ -74,45 +80,64 @@ def make_pair(cfg: DSV2Config, device: str, dtype: torch.dtype, seed: int = 0):
 
 
 def make_task(ours: DeepSeekMoE, peer, tokens: int, backward: bool) -> Task:
-    """One sequence of `tokens` random hidden states; with backward, the gradients of it and all weights."""
+    """Sequences of `tokens` random hidden states; with backward, the gradients of them and all weights."""
     weight = ours.router.weight
-    x = torch.randn(1, tokens, ours.cfg.hidden_size, device=weight.device, dtype=weight.dtype)
-    slope = torch.randn_like(x)
+    calls = CALLS.get(tokens, 1) if weight.is_cuda else 1
+    inputs = torch.randn(calls, 1, tokens, ours.cfg.hidden_size, device=weight.device, dtype=weight.dtype)
+    slope = torch.randn_like(inputs[0])
 
-    def step(layer: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+    def step(layer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
         @torch.no_grad()
-        def forward() -> None:
+        def forward(x: Tensor) -> None:
             layer(x)
 
-        def forward_and_backward() -> None:
+        def forward_and_backward(x: Tensor) -> None:
             given = x.detach().requires_grad_()
-            (layer(given) * slope).sum().backward()
+            layer(given).backward(slope)
             for module in (ours, peer):
                 module.zero_grad(set_to_none=True)
 
         return forward_and_backward if backward else forward
 
     name = f"{'forward and backward' if backward else 'forward'}, {tokens:,} token{'s' * (tokens > 1)}"
-    return Task(name, tokens, backward, step(lambda given: ours(given)[0]), step(peer))
+    return Task(name, backward, inputs, step(lambda given: ours(given)[0]), step(peer))
 
 
-def fastest_experts(task: Task, peer) -> str:
-    """Set transformers' fastest implementation for a task; returns its name."""
-    times, errors = {}, []
+def all_calls(step: Callable[[Tensor], object], inputs: Tensor) -> tuple[Callable[[], object], bool]:
+    """A function that takes the step with every input, and whether it is a CUDA graph."""
+
+    def run() -> None:
+        for x in inputs:
+            step(x)
+
+    if not inputs.is_cuda:
+        return run, False
+    try:
+        return capture(run).replay, True
+    except RuntimeError:  # something in it waits for the GPU
+        torch.cuda.synchronize()
+        return run, False
+
+
+def fastest_experts(task: Task, peer) -> tuple[str, Callable[[], object], bool]:
+    """Of transformers' implementations the fastest for a task: its name, and what `all_calls` makes of it."""
+    found, errors = {}, []
     for name in IMPLEMENTATIONS:
         if name == "batched_mm" and task.tokens > GATHERED:
             continue
         peer.config._experts_implementation = name
         try:
-            task.peer()
-            times[name] = min(seconds(task.peer) for _ in range(3))
+            task.peer(task.inputs[0])
+            run, graph = all_calls(task.peer, task.inputs)
+            run()
+            found[name] = min(seconds(run) for _ in range(3)), run, graph
         except (AttributeError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
             errors.append(f"{name}: {error}")  # not in this version of transformers, or not on this device
-    if not times:
+    if not found:
         raise RuntimeError("transformers ran with none of its experts:\n" + "\n".join(errors))
-    best = min(times, key=times.get)
-    peer.config._experts_implementation = best
-    return best
+    best = min(found, key=lambda name: found[name][0])
+    peer.config._experts_implementation = best  # a run without a graph reads it at every call
+    return best, *found[best][1:]
 
 
 @torch.no_grad()
@@ -126,17 +151,18 @@ def largest_difference(ours: DeepSeekMoE, peer, tokens: int = 37) -> float:
 
 
 def limit(ours: DeepSeekMoE, task: Task, bandwidth: float, rate: float) -> float:
-    """Seconds of the forward pass at least: reading the experts that are hit, or multiplying with them.
+    """Seconds of one call at least, the mean over the task's inputs.
 
-    A backward pass reads the weights once more, writes their gradients, and does twice the products.
+    Forward, the weights of the experts that are hit are read once. Backward reads them once more and writes a
+    gradient for all experts, hit or not, and does twice the products.
     """
     cfg, weight = ours.cfg, ours.router.weight
     one = 3 * cfg.hidden_size * cfg.moe_intermediate_size
-    x = torch.randn(1, task.tokens, cfg.hidden_size, device=weight.device, dtype=weight.dtype)
-    hit = len(ours.router(x).expert_ids.unique()) + cfg.n_shared_experts
-    read = hit * one * weight.itemsize / bandwidth
-    multiply = 2 * task.tokens * (cfg.num_experts_per_tok + cfg.n_shared_experts) * one / rate
-    return max(read, multiply) * (3 if task.backward else 1)
+    hit = [len(ours.router(x).expert_ids.unique()) for x in task.inputs]
+    hit = sum(hit) / len(hit) + cfg.n_shared_experts
+    moved = 2 * hit + cfg.n_routed_experts + cfg.n_shared_experts if task.backward else hit
+    products = 2 * task.tokens * (cfg.num_experts_per_tok + cfg.n_shared_experts) * one
+    return max(moved * one * weight.itemsize / bandwidth, products * (3 if task.backward else 1) / rate)
 
 
 def run(quick: bool, pairs: int) -> dict:
@@ -155,9 +181,11 @@ def run(quick: bool, pairs: int) -> dict:
     tasks = [make_task(ours, peer, n, backward) for backward in (False, True) for n in counts]
     rows = []
     for task in tqdm(tasks, unit="task", disable=None):
-        experts = fastest_experts(task, peer)
-        rows.append(result(task, time_pairs(task.ours, task.peer, pairs), experts))
+        experts, run_peer, peer_graph = fastest_experts(task, peer)
+        run_ours, our_graph = all_calls(task.ours, task.inputs)
+        rows.append(result(task, time_pairs(run_ours, run_peer, pairs), experts))
         if rates:
+            rows[-1] |= {"ours_in_a_graph": our_graph, "peer_in_a_graph": peer_graph}
             rows[-1]["share"] = round(limit(ours, task, *rates) * 1e3 / rows[-1]["ours"], 4)
     return {
         "benchmark": "moe",
@@ -173,17 +201,19 @@ def run(quick: bool, pairs: int) -> dict:
 
 
 def result(task: Task, pair: Pair, experts: str) -> dict[str, object]:
-    """One row of the results, in milliseconds."""
+    """One row of the results, in milliseconds a call."""
     low, high = pair.spread
+    calls = len(task.inputs)
     return {
         "name": task.name,
         "tokens": task.tokens,
         "unit": "ms",
-        "ours": round(statistics.median(pair.ours) * 1e3, 4),
-        "peer": round(statistics.median(pair.peer) * 1e3, 4),
+        "ours": round(statistics.median(pair.ours) * 1e3 / calls, 4),
+        "peer": round(statistics.median(pair.peer) * 1e3 / calls, 4),
         "ratio": round(pair.ratio, 3),
         "ratio_range": [round(low, 3), round(high, 3)],
         "pairs": len(pair.ours),
+        "calls": calls,
         "peer_experts": experts,
     }
 
@@ -200,6 +230,8 @@ def table(report: dict) -> str:
     for row in report["results"]:
         low, high = row["ratio_range"]
         share = f"   {row['share']:.0%} of the limit" if "share" in row else ""
+        if not row.get("peer_in_a_graph", True):
+            share += ", its calls from Python"
         lines.append(
             f"{row['name']:38} {row['ours']:>9,.3f} {row['peer']:>10,.3f} ms   {row['ratio']:.2f}x "
             f"({low:.2f}-{high:.2f})   its experts: {row['peer_experts']}{share}"

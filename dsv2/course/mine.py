@@ -8,6 +8,7 @@ environment variable DSV2_IMPL=mine, `import dsv2` does the former.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -72,6 +73,7 @@ def swap(functions: Mapping[str, Any]) -> None:
     for place, function in functions.items():
         _exchange(place, originals[place], function)
         _swapped.append((place, originals[place], function))
+        os.environ["DSV2_IMPL"] = "mine"  # on a GPU too: no kernel may do a function's work in its place
 
 
 def restore() -> None:
@@ -79,6 +81,7 @@ def restore() -> None:
     while _swapped:
         place, original, function = _swapped.pop()
         _exchange(place, function, original)
+    os.environ.pop("DSV2_IMPL", None)
 
 
 def _holder(place: str) -> tuple[Any, str]:

@@ -21,11 +21,11 @@ from dsv2.attention import LatentCache, new_cache
 from dsv2.attention.mla import LATENT_NORM_EPS
 from dsv2.kernels import mla_decode
 from dsv2.kernels.backend import kernel_problem
-from dsv2.kernels.experts import Choice, experts_few, norm_route
+from dsv2.kernels.experts import experts_few, norm_route
 from dsv2.kernels.step import absorb_append, add_norm, heads_linear, linear
 from dsv2.model import Block, DeepSeekV2
 from dsv2.moe import DeepSeekMoE, Routing
-from dsv2.moe.routing import Router
+from dsv2.moe.layer import routing_choice
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # a batch in between is filled up with empty sequences
 ROOM = 1024  # a static cache's size is a multiple of this, so that a slightly longer text needs no new graph
@@ -62,7 +62,7 @@ class StepLayer:
         self.w_in = torch.cat((first.weight, attention.w_dkv.weight)).detach()
         self.choice = None
         if isinstance(block.ffn, DeepSeekMoE):
-            self.choice = routing_choice(block.ffn.router)
+            self.choice = routing_choice(block.ffn.cfg)
         else:  # a dense network is a layer with one expert, which every token chooses
             self.w_gate_up, self.w_down = block.ffn.w_gate_up.weight[None], block.ffn.w_down.weight[None]
 
@@ -94,16 +94,6 @@ class StepLayer:
         normed, *chosen = norm_route(x, norm.weight, norm.eps, ffn.router.weight, self.choice, step.arrivals)
         step.chosen.append(chosen)
         return experts_few(normed, *chosen[:2], ffn.experts.w_gate_up, ffn.experts.w_down, *shared)
-
-
-def routing_choice(router: Router) -> Choice:
-    """A router's way of choosing, from the model's configuration; capacity and chance are training's."""
-    cfg = router.cfg
-    if cfg.router != "deepseek":
-        scaling = {"dense": 1.0, "switch": 1.0, "gshard": None, "glam": None, "mixtral": None}[cfg.router]
-        return Choice(cfg.num_experts_per_tok, scaling=scaling)
-    groups = (0, 0) if cfg.topk_method == "greedy" else (cfg.n_group, cfg.topk_group)
-    return Choice(cfg.num_experts_per_tok, *groups, None if cfg.norm_topk_prob else cfg.routed_scaling_factor)
 
 
 @dataclass

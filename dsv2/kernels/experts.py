@@ -43,13 +43,13 @@ class Choice:
 
 def norm_route(
     x: Tensor,
-    norm_weight: Tensor,
+    norm_weight: Tensor | None,
     eps: float,
     router: Tensor,
     choice: Choice,
     arrivals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """RMSNorm and router of B tokens: x (B, D), router (E, D).
+    """RMSNorm and router of B tokens: x (B, D), router (E, D). norm_weight None: x is normalised already.
 
     Returns the normalised x (B, D); expert_ids (B, K) int64, best first, the lower id where two are equal;
     weights (B, K) and scores (B, E), float32: as `dsv2.moe.Router` gives them. arrivals: at least B int32
@@ -59,7 +59,7 @@ def norm_route(
         return norm_route_reference(x, norm_weight, eps, router, choice)
     batch, width = x.shape
     experts = router.shape[0]
-    normed = torch.empty_like(x)
+    normed = x if norm_weight is None else torch.empty_like(x)
     ids = torch.empty(batch, choice.k, dtype=torch.int64, device=x.device)
     weights = torch.empty(batch, choice.k, dtype=torch.float32, device=x.device)
     scores = torch.empty(batch, experts, dtype=torch.float32, device=x.device)
@@ -67,9 +67,10 @@ def norm_route(
         arrivals = torch.zeros(batch, dtype=torch.int32, device=x.device)
     blocks = choose_route_blocks(batch, experts, width)
     norm_route_kernel[(batch, ceil_div(experts, blocks["experts_each"]))](
-        x, norm_weight, router, normed, ids, weights, scores, arrivals, x.stride(0), width, experts, eps,
-        1.0 if choice.scaling is None else choice.scaling, choice.k, choice.n_group, choice.topk_group,
-        NORMALISE=choice.scaling is None, GROUPED=choice.n_group > 0,
+        x, x if norm_weight is None else norm_weight, router, normed, ids, weights, scores, arrivals,
+        x.stride(0), width, experts, eps, 1.0 if choice.scaling is None else choice.scaling, choice.k,
+        choice.n_group, choice.topk_group,
+        NORM=norm_weight is not None, NORMALISE=choice.scaling is None, GROUPED=choice.n_group > 0,
         EXPERTS=triton.next_power_of_2(experts), GROUPS=max(triton.next_power_of_2(choice.n_group), 1),
         **blocks, **overlap(x.device),
     )  # fmt: skip
@@ -94,7 +95,7 @@ def choose_route_blocks(batch: int, experts: int, width: int) -> dict[str, int]:
 
 def norm_route_reference(x, norm_weight, eps, router, choice):
     """What `norm_route` computes, in plain PyTorch."""
-    normed = rms_norm(x, norm_weight, eps)
+    normed = x if norm_weight is None else rms_norm(x, norm_weight, eps)
     scores = (normed.float() @ router.float().mT).softmax(dim=-1)
     open_ = scores
     if choice.n_group:
@@ -114,8 +115,8 @@ def norm_route_reference(x, norm_weight, eps, router, choice):
 def norm_route_kernel(
     x, norm_weight, router, normed, ids, weights, scores, arrivals, x_b, width, experts, eps, scaling,
     k, n_group, topk_group, experts_each,
-    NORMALISE: tl.constexpr, GROUPED: tl.constexpr, EXPERTS: tl.constexpr, GROUPS: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
+    NORM: tl.constexpr, NORMALISE: tl.constexpr, GROUPED: tl.constexpr, EXPERTS: tl.constexpr,
+    GROUPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The affinities of one token to some experts; the program that finishes last chooses among all."""
     begin(OVERLAP)
@@ -125,13 +126,15 @@ def norm_route_kernel(
     first = tl.program_id(1) * experts_each
     last = tl.minimum(first + experts_each, experts)
     row = tl.load(x + b * x_b + column, mask=is_column, other=0.0)
-    gain = tl.load(norm_weight + column, mask=is_column, other=0.0)
     router_at = router + one[:, None] * width + column
     # Loaded before it is needed: while the norm waits for its sum, the first rows arrive.
     e = tl.load(router_at + first * width, mask=(first + one[:, None] < last) & is_column, other=0.0)
-    normalised = normalise(row, gain, width, eps)
-    if tl.program_id(1) == 0:
-        tl.store(normed + b * width + column, normalised, mask=is_column)
+    normalised = row
+    if NORM:
+        gain = tl.load(norm_weight + column, mask=is_column, other=0.0)
+        normalised = normalise(row, gain, width, eps)
+        if tl.program_id(1) == 0:
+            tl.store(normed + b * width + column, normalised, mask=is_column)
     for start in range(first, last, ROWS):
         products = tl.sum(e.to(tl.float32) * normalised.to(tl.float32), 1)
         tl.store(scores + b * experts + start + one, products, mask=start + one < last)

@@ -109,33 +109,84 @@ def rotate_kernel(x, cos, sin, out, x_n, x_h, heads, pairs, HEADS: tl.constexpr,
     tl.store(to + 1, (x0 * s + x1 * c).to(out.dtype.element_ty), mask=there)
 
 
-def add_up(out: Tensor, weights: Tensor, order: Tensor) -> Tensor:
-    """sum_k weights[t, k] * (the row of `out` that belongs to pair (t, k)): (n K, D) -> (n, D).
+def add_up(out: Tensor, weights: Tensor | None, order: Tensor, count: Tensor, tokens: int) -> Tensor:
+    """sum_k weights[t, k] * (the row of `out` that belongs to pair (t, k)): (n K, D) -> (n, D), n = `tokens`.
 
-    order: (n K,) which pair t K + k each row of `out` belongs to. One program reads a token's K rows and adds
-    them in float32, always in the same order.
+    weights: (n, K); None: all are 1. order: (n K,), which pair t K + k each row of `out` belongs to. count: a
+    tensor with how many rows there are; those behind it, of dropped pairs, add nothing, and may be anything.
+    One program reads a token's K rows and adds them in float32, always in the same order.
     """
-    tokens, k = weights.shape
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device, dtype=order.dtype)
+    place = torch.empty_like(order, dtype=torch.int32)
+    place[order] = torch.arange(len(order), device=order.device, dtype=torch.int32)
     total = out.new_empty(tokens, out.shape[1])
     if tokens:
         add_up_kernel[(tokens,)](
-            out, weights, place, total, out.shape[1],
-            K=k, WIDTH=triton.next_power_of_2(out.shape[1]), num_warps=8,
+            out, out if weights is None else weights, place, count, total, out.shape[1],
+            WEIGHTED=weights is not None, K=len(order) // tokens, WIDTH=triton.next_power_of_2(out.shape[1]),
+            num_warps=8,
         )  # fmt: skip
     return total
 
 
 @jit
-def add_up_kernel(out, weights, place, total, width, K: tl.constexpr, WIDTH: tl.constexpr):
+def add_up_kernel(
+    out, weights, place, count, total, width, WEIGHTED: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
     """One token."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
-    there = column < width
+    rows = tl.load(count)
     sum_ = tl.zeros((WIDTH,), tl.float32)
     for i in tl.static_range(K):
         row = tl.load(place + token * K + i).to(tl.int64)
-        weight = tl.load(weights + token * K + i).to(tl.float32)
-        sum_ += weight * tl.load(out + row * width + column, mask=there, other=0.0).to(tl.float32)
-    tl.store(total + token * width + column, sum_.to(total.dtype.element_ty), mask=there)
+        there = column < tl.where(row < rows, width, 0)
+        value = tl.load(out + row * width + column, mask=there, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(weights + token * K + i).to(tl.float32)
+        sum_ += value
+    tl.store(total + token * width + column, sum_.to(total.dtype.element_ty), mask=column < width)
+
+
+def weighted_swiglu_backward(
+    slope: Tensor, gate_up: Tensor, weights: Tensor, order: Tensor, count: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of g * silu(gate) * up, where row r belongs to pair order[r], whose weight is g.
+
+    slope: (P, I), that of the product; gate_up: (P, 2 I); weights: (n, K); order and count as `add_up` has
+    them. Returns g * silu(gate) * up itself, (P, I), which W_down's gradient needs, and the gradients of
+    `gate_up` and `weights`. Rows behind `count` are left as they are, and their weights get 0.
+    """
+    pairs, width = slope.shape
+    hidden, gate_up_slope = torch.empty_like(slope), torch.empty_like(gate_up)
+    weights_slope = torch.zeros_like(weights)
+    if pairs:
+        weighted_swiglu_backward_kernel[(pairs,)](
+            slope, gate_up, weights, order, count, hidden, gate_up_slope, weights_slope, width,
+            WIDTH=triton.next_power_of_2(width), num_warps=8,
+        )  # fmt: skip
+    return hidden, gate_up_slope, weights_slope
+
+
+@jit
+def weighted_swiglu_backward_kernel(
+    slope, gate_up, weights, order, count, hidden, gate_up_slope, weights_slope, width, WIDTH: tl.constexpr
+):
+    """One row. With s = silu(gate): s' = sigmoid (1 + gate (1 - sigmoid))."""
+    row = tl.program_id(0).to(tl.int64)
+    if row < tl.load(count):
+        column = tl.arange(0, WIDTH)
+        there = column < width
+        at, gate_at = row * width + column, row * 2 * width + column
+        pair = tl.load(order + row)
+        weight = tl.load(weights + pair).to(tl.float32)
+        gate = tl.load(gate_up + gate_at, mask=there, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + gate_at + width, mask=there, other=0.0).to(tl.float32)
+        given = tl.load(slope + at, mask=there, other=0.0).to(tl.float32)
+        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+        silu = gate * sigmoid
+        tl.store(weights_slope + pair, tl.sum(given * silu * up, 0))
+        tl.store(hidden + at, (weight * silu * up).to(hidden.dtype.element_ty), mask=there)
+        given *= weight
+        gate_slope = (given * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(slope.dtype.element_ty)
+        tl.store(gate_up_slope + gate_at, gate_slope, mask=there)
+        tl.store(gate_up_slope + gate_at + width, (given * silu).to(slope.dtype.element_ty), mask=there)

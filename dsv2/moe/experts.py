@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dsv2.kernels import prefill
+from dsv2.kernels.backend import kernel_problem
 from dsv2.layers import swiglu
 
 
@@ -90,6 +91,43 @@ def _grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return public(x, weights, offs=ends) if public else torch._grouped_mm(x, weights, offs=ends)
 
 
+class GroupedExperts(torch.autograd.Function):
+    """Rows gathered, two grouped products, and the weighted sum for each token; its backward pass by hand.
+
+    order: (P,), the pairs sorted by expert; ends: (E,) int32, where each expert's end among them. Pairs
+    behind the last end are dropped. Nothing is added up by chance or read by the host, and the loss's slope
+    is gathered once for both products: left to autograd, the passes between the products take longer.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w_gate_up, w_down, weights, order, ends):
+        gate_up = _grouped_mm(x.index_select(0, order // weights.shape[1]), w_gate_up.mT, ends)
+        out = _grouped_mm(prefill.swiglu(gate_up), w_down.mT, ends)
+        ctx.save_for_backward(x, w_gate_up, w_down, weights, order, ends, gate_up)
+        return prefill.add_up(out, weights, order, ends[-1:], x.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slope):
+        x, w_gate_up, w_down, weights, order, ends, gate_up = ctx.saved_tensors
+        tokens, count = order // weights.shape[1], ends[-1:]
+        # g FFN(u) = W_down (g h): the weight goes with h, and its own slope is that of g h, times h.
+        slope = slope.index_select(0, tokens)
+        hidden, gate_up_slope, weights_slope = prefill.weighted_swiglu_backward(
+            _grouped_mm(slope, w_down, ends), gate_up, weights, order, count
+        )
+        x_slope = w_gate_up_slope = w_down_slope = None
+        if ctx.needs_input_grad[0]:
+            x_slope = prefill.add_up(
+                _grouped_mm(gate_up_slope, w_gate_up, ends), None, order, count, x.shape[0]
+            )
+        if ctx.needs_input_grad[1]:
+            w_gate_up_slope = _grouped_mm(gate_up_slope.mT, x.index_select(0, tokens), ends)
+        if ctx.needs_input_grad[2]:
+            w_down_slope = _grouped_mm(slope.mT, hidden, ends)
+        return x_slope, w_gate_up_slope, w_down_slope, weights_slope, None, None
+
+
 def grouped_mm_available(x: Tensor, width: int) -> bool:
     """Whether torch's grouped product takes these: bf16 on Hopper or newer, rows of 16 bytes."""
     if x.device.type != "cuda" or x.dtype != torch.bfloat16 or not hasattr(torch, "_grouped_mm"):
@@ -117,18 +155,20 @@ class RoutedExperts(nn.Module):
     ) -> Float[Tensor, "n D"]:
         """Sort the pairs by expert, run, weigh, and add up per token. Dropped pairs add nothing."""
         n_experts, k = self.w_down.shape[0], expert_ids.shape[1]
-        experts = expert_ids.flatten()
-        if kept is None:
-            order = experts.argsort(stable=True)
-        else:
+        experts = expert_ids.flatten().int()
+        if kept is not None:
             experts = torch.where(kept.flatten(), experts, n_experts)  # dropped pairs sort behind all experts
-            order = experts.argsort(stable=True)[: int(kept.sum())]
-        load = torch.bincount(experts, minlength=n_experts)[:n_experts]
-        tokens = order // k
-        run = run_grouped if grouped_mm_available(x, self.w_down.shape[-1]) else run_sorted
+        experts, order = experts.sort(stable=True)
+        every = torch.arange(n_experts, dtype=torch.int32, device=x.device)
+        ends = torch.searchsorted(experts, every, right=True).int()
+        grouped = grouped_mm_available(x, self.w_down.shape[-1])
+        if grouped and kernel_problem(x.device) is None and not torch.compiler.is_compiling():
+            return GroupedExperts.apply(x, self.w_gate_up, self.w_down, weights, order, ends)
+        if kept is not None:
+            order = order[: int(ends[-1])]
         # index_select, not x[tokens]: its gradient is added up in a tenth of the time on a CPU.
-        out = run(x.index_select(0, tokens), self.w_gate_up, self.w_down, load)
-        if kept is None and prefill.fits(x):
-            return prefill.add_up(out, weights, order)
+        rows = x.index_select(0, order // k)
+        load = ends.diff(prepend=ends.new_zeros(1))
+        out = (run_grouped if grouped else run_sorted)(rows, self.w_gate_up, self.w_down, load)
         out = out * weights.flatten().index_select(0, order)[:, None].to(out.dtype)
-        return torch.zeros_like(x).index_add_(0, tokens, out)
+        return torch.zeros_like(x).index_add_(0, order // k, out)
