@@ -76,7 +76,7 @@ def make_pair(cfg: DSV2Config, device: str, dtype: torch.dtype, seed: int = 0):
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
         for target, source in pairs.items():
             target.copy_(source)
-    return ours, peer
+    return ours.eval(), peer.eval()
 
 
 def make_task(ours: DeepSeekMoE, peer, tokens: int, backward: bool) -> Task:
