@@ -428,6 +428,10 @@ def test_benchmark_bars(tmp_path):
     assert "1.50x" in [t.get_text() for t in figure.axes[0].texts]
     assert "10.2x" in [t.get_text() for t in figure.axes[1].texts]  # the measured ratio, of medians of pairs
     assert not outside(figure) and not overlaps(figure, texts_of(figure))
+    assert figure.axes[-1].get_xlabel().startswith("longer is faster")
+    figure = benchmark_bars([{"name": "forward", "ours": 2.0, "peer": 5.0, "unit": "ms"}])
+    assert "2.5x" in [t.get_text() for t in figure.axes[0].texts]
+    assert figure.axes[-1].get_xlabel().startswith("shorter is faster")
 
 
 # ---------------------------------------------------------------------------------------------- drawings

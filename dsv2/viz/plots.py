@@ -774,8 +774,9 @@ def benchmark_bars(
 ) -> Figure:
     """Ours against a peer, a pair of bars for each task on the task's own scale, with the ratio beside it.
 
-    results: rows with `name`, `ours`, `peer`, `unit` (more is better) and perhaps `ratio`; or a report that
-    has them under "results", with the two names under "ours" and "peer"; or the JSON file of one.
+    results: rows with `name`, `ours`, `peer`, `unit` (a rate, or "ms") and perhaps `ratio`, how many times
+    faster ours is; or a report that has them under "results", with the two names under "ours" and "peer"; or
+    the JSON file of one.
     """
     if isinstance(results, (str, Path)):
         results = json.loads(Path(results).read_text(encoding="utf-8"))
@@ -804,7 +805,8 @@ def benchmark_bars(
                 fontsize=SMALL,
                 color=style.ink(colour),
             )
-        ratio = float(row.get("ratio", values[0] / values[1] if values[1] else np.inf))
+        below, above = values if row["unit"] == "ms" else values[::-1]
+        ratio = float(row.get("ratio", above / below if below else np.inf))
         panel.annotate(
             f"{ratio:.1f}x" if ratio >= 1.95 else f"{ratio:.2f}x",
             (1.0, 0.5),
@@ -825,5 +827,6 @@ def benchmark_bars(
         title = f"{row['name']} ({row['unit']})"
         panel.set_title(title, fontsize=BASE, color=INK, loc="left", pad=3, parse_math=False)
         said.append(f"{row['name']}: {values[0]:,.3g} against {values[1]:,.3g} {row['unit']}, {ratio:.2f}x")
-    label(panels[-1], "longer is faster; each task has its own scale")
+    faster = "shorter" if rows[-1]["unit"] == "ms" else "longer"
+    label(panels[-1], f"{faster} is faster; each task has its own scale")
     return finish(figure, f"{ours} against {peer}. {'; '.join(said)}.")
