@@ -31,6 +31,16 @@ from dsv2.viz.decode import (
     traffic_bars,
 )
 from dsv2.viz.diagrams import chapters_here, course_map, model_diagram
+from dsv2.viz.experts import (
+    Layout,
+    expert_layouts,
+    play,
+    playground_figure,
+    router_curves,
+    router_outcomes,
+    routers_side_by_side,
+    routing_playground,
+)
 from dsv2.viz.latent import latent_explorer, latent_sizes, loss_against_cache, rank_curves
 from dsv2.viz.plots import (
     benchmark_bars,
@@ -63,6 +73,7 @@ from dsv2.viz.widgets import Explorer, LiveGeneration, live_generation, routing_
 __all__ = [
     "BalanceSimulation",
     "Explorer",
+    "Layout",
     "LiveGeneration",
     "absorption_errors",
     "attention_intensity",
@@ -81,6 +92,7 @@ __all__ = [
     "decode_work",
     "describe",
     "expert_heatmap",
+    "expert_layouts",
     "expert_lights",
     "expert_load",
     "expert_preferences",
@@ -101,6 +113,8 @@ __all__ = [
     "online_softmax_explorer",
     "online_softmax_figure",
     "pair_cosines",
+    "play",
+    "playground_figure",
     "png",
     "position_losses",
     "published_cache",
@@ -109,7 +123,11 @@ __all__ = [
     "rope_clocks",
     "rope_wavelengths",
     "rotation_clocks",
+    "router_curves",
+    "router_outcomes",
+    "routers_side_by_side",
     "routing_browser",
+    "routing_playground",
     "save",
     "schedule_explorer",
     "schedule_figure",
