@@ -232,6 +232,14 @@ def routing_playground(
         "seed": ipywidgets.IntSlider(value=0, min=0, max=9, description="other centroids", **about),
     }
 
+    def enable(_: Any = None) -> None:
+        name = controls["router"].value
+        controls["k"].disabled = not name.startswith("DeepSeek")
+        controls["capacity_factor"].disabled = not name.startswith(("Switch", "GShard", "GLaM"))
+
+    controls["router"].observe(enable, "value")
+    enable()
+
     def routed(values: Mapping[str, Any]) -> Routing:
         return play(states, **{name: value for name, value in values.items() if name != "shared"})
 

@@ -1,0 +1,258 @@
+"""Chapter 06's figures: what they draw is what was routed, cut and measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_viz import outside, overlaps, texts_of
+
+from dsv2.bench import routers
+from dsv2.config import DSV2Config
+from dsv2.moe.routing import Routing
+from dsv2.viz import describe, expert_layouts, router_curves, router_outcomes, routers_side_by_side
+from dsv2.viz import experts as viz
+from dsv2.viz.experts import FAMILIES, PLAYED, Layout, play, playground_figure, playground_text
+from dsv2.viz.style import SMALL
+
+RUNS = Path(__file__).resolve().parents[1] / "data" / "runs"
+SMALL_RUNS, LARGE_RUNS = (
+    json.loads((RUNS / f"{name}.json").read_text(encoding="utf-8")) for name in ("routers", "routers_h100")
+)
+TEXTS = list("def f(x): r")
+
+
+def states(tokens: int = len(TEXTS), hidden: int = 7) -> torch.Tensor:
+    return torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(1))
+
+
+# ------------------------------------------------------------------------------------------ a playground
+
+
+@pytest.mark.parametrize("router", PLAYED)
+def test_play_chooses_by_the_affinities_of_random_centroids(router):
+    made = play(states(), router, experts=5, k=3, temperature=0.7, capacity_factor=1.0, seed=4)
+    random = torch.Generator().manual_seed(4)
+    centroids = torch.randn(5, 7, generator=random).double()
+    logits = states().double() @ centroids.T
+    logits *= 1.5 / logits.std(dim=1).mean() / 0.7
+    powers = logits.exp()
+    affinities = powers / powers.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(made.scores[0].double(), affinities, rtol=1e-5, atol=1e-6)
+    count = {"DeepSeek": 3, "Switch": 1, "all experts": 5}.get(router.split(":")[0], 2)
+    for t, row in enumerate(affinities.tolist()):
+        assert made.expert_ids[0, t].tolist() == sorted(range(5), key=lambda i: -row[i])[:count]
+    with_capacity = router.split(":")[0] in ("Switch", "GShard", "GLaM")
+    assert (made.kept is not None) == with_capacity
+    if with_capacity:
+        served = torch.bincount(made.expert_ids[made.kept], minlength=5)
+        assert served.max() <= max(1, count * len(TEXTS) // 5)
+
+
+def test_no_more_experts_are_chosen_than_there_are_and_unknown_routers_are_refused():
+    assert play(states(), "DeepSeek: the K best", 4, 8, 1.0, 1.0).expert_ids.shape == (1, len(TEXTS), 4)
+    with pytest.raises(ValueError, match="router='best'.*Mixtral"):
+        play(states(), "best", 4, 2, 1.0, 1.0)
+
+
+def dropping() -> Routing:
+    """3 tokens, 4 experts, 2 a token; expert 1 is chosen three times and takes two."""
+    ids = torch.tensor([[[1, 0], [1, 2], [1, 0]]])
+    kept = torch.tensor([[[True, True], [True, False], [False, True]]])
+    return Routing(ids, torch.tensor([[[0.5, 0.25]] * 3]), torch.full((1, 3, 4), 0.25), kept)
+
+
+def test_the_playground_draws_who_works_and_who_is_dropped():
+    figure = playground_figure(dropping(), ["a", "b", "c"], shared=2)
+    heat, load = figure.axes
+    (mesh,) = heat.collections
+    grid = mesh.get_array().reshape(4, 3)  # experts down, tokens across
+    assert (grid >= 0).tolist() == [
+        [True, False, True],
+        [True, True, True],
+        [False, True, False],
+        [False, False, False],
+    ]
+    assert grid[1].tolist() == [0.5] * 3 and grid[2, 1] == 0.25
+    (crosses,) = [line for line in heat.lines if line.get_label() == "dropped"]
+    assert sorted(zip(*crosses.get_data())) == [(1, 2), (2, 1)]
+    bars = [(bar.get_y() + 0.4, bar.get_x(), bar.get_width()) for bar in load.patches if bar.get_width() < 9]
+    served = [(0.0, 0, 2), (1.0, 0, 2), (2.0, 0, 0), (3.0, 0, 0)]
+    dropped = [(0.0, 2, 0), (1.0, 2, 1), (2.0, 0, 1), (3.0, 0, 0)]
+    assert bars == [pytest.approx(bar) for bar in served + dropped]
+    assert len(heat.patches) == 2  # the shared experts
+    (fair,) = load.lines
+    assert fair.get_xdata()[0] == 6 / 4
+
+
+def test_the_playground_s_words_are_counted():
+    text = playground_text(dropping())
+    assert "2 of 4 routed experts for each of 3 tokens" in text
+    assert "1.5 times on average, the busiest 3 times" in text and "1 are never chosen" in text
+    assert "33% of the pairs are dropped" in text
+    # kept: 0.5 + 0.25, 0.5, 0.25
+    assert "add up to 0.50 on average" in text
+
+
+def test_the_playground_s_controls():
+    explorer = viz.routing_playground(states(), TEXTS)
+    assert explorer.error is None
+    before = explorer.image.value
+    for change in ({"experts": 32}, {"k": 7}, {"shared": 0}, {"temperature": 0.1}, {"seed": 3}):
+        explorer.set(**change)
+        assert explorer.image.value != before, change
+        before = explorer.image.value
+    for router in reversed(PLAYED):
+        explorer.set(router=router, capacity_factor=0.5)
+        assert explorer.error is None and explorer.image.value != before
+        before = explorer.image.value
+        # What does nothing cannot be moved.
+        assert explorer.controls["k"].disabled == (router != "DeepSeek: the K best")
+        assert explorer.controls["capacity_factor"].disabled == (
+            router[:5] not in ("Switc", "GShar", "GLaM:")
+        )
+    with pytest.raises(ValueError, match=r"states \(11, 7\).*for 10 texts"):
+        viz.routing_playground(states(), TEXTS[1:])
+
+
+# ---------------------------------------------------------------------------------------- side by side
+
+
+def test_routers_side_by_side_draw_each_its_own():
+    names = {"one": dropping(), "two": play(states(3), "Mixtral: two, without capacity", 4, 2, 1.0, 1.0)}
+    figure = routers_side_by_side(names, ["a", "b", "c"])
+    panels = [ax for ax in figure.axes if ax.get_title("left")]
+    assert [ax.get_title("left") for ax in panels] == ["one: 2 of 6 pairs dropped", "two: nothing is dropped"]
+    for ax, made in zip(panels, names.values()):
+        grid = ax.collections[0].get_array().reshape(4, 3)
+        for t in range(3):
+            assert np.flatnonzero(grid[:, t] >= 0).tolist() == sorted(made.expert_ids[0, t].tolist())
+    assert "one: 2 experts a token" in describe(figure)
+    with pytest.raises(ValueError, match="texts has 2 tokens, one is over 3"):
+        routers_side_by_side(names, ["a", "b"])
+    with pytest.raises(ValueError, match="empty"):
+        routers_side_by_side({}, [])
+
+
+# ------------------------------------------------------------------------------------------- the layouts
+
+
+def test_layouts_are_drawn_to_scale():
+    layouts = {"coarse": Layout(8, 4, 1), "fine": Layout(31, 1, 3, 1)}
+    figure = expert_layouts(layouts)
+    (ax,) = figure.axes
+    for row, layout in enumerate(layouts.values()):
+        blocks = [b for b in ax.patches if b.get_y() == pytest.approx(row - 0.36)]
+        assert len(blocks) == layout.routed + layout.shared
+        assert sum(b.get_width() for b in blocks) == layout.total == 32
+        lit = [b for b in blocks if b.get_facecolor() != blocks[-1].get_facecolor()]
+        assert sum(b.get_width() for b in lit) in (layout.active, 32 - layout.active)
+        assert layout.active == 4
+    with pytest.raises(ValueError, match="layouts is empty"):
+        expert_layouts({})
+
+
+def test_the_layouts_of_the_chapter_are_those_of_the_runs():
+    for name, cfg in routers.STUDY.models.items():
+        if cfg.moe_layers:
+            unit = 32
+            layout = Layout(
+                cfg.n_routed_experts,
+                cfg.moe_intermediate_size / unit,
+                cfg.num_experts_per_tok,
+                cfg.n_shared_experts,
+            )
+            assert layout.total == 32 and layout.active == (32 if name == "all experts" else 4), name
+
+
+# ---------------------------------------------------------------------------------------- the stored runs
+
+
+def made_up() -> dict:
+    """Two kinds beside the plain network; what differs from it is known."""
+    base = {0: 2.0, 1: 2.4}
+    gains = {"one FFN": (0, 0), "Switch": (0.1, 0.3), "top-4 of 32": (-0.2, -0.1)}
+    return {
+        "runs": [
+            {
+                "name": name,
+                "seed": seed,
+                "val_curve": [[0, 5.5], [50, base[seed] + 1 + gain[seed]], [100, base[seed] + gain[seed]]],
+                "val_nats_per_byte": base[seed] + gain[seed],
+            }
+            for seed in base
+            for name, gain in gains.items()
+        ]
+    }
+
+
+def test_curves_are_differences_within_a_seed():
+    figure = router_curves(made_up())
+    (ax,) = figure.axes
+    lines = {line.get_label(): line for line in ax.lines if line.get_label() in FAMILIES}
+    assert set(lines) == {"Switch", "top-4 of 32"}
+    assert lines["Switch"].get_xdata().tolist() == [50, 100]
+    np.testing.assert_allclose(lines["Switch"].get_ydata(), [0.2, 0.2])
+    np.testing.assert_allclose(lines["top-4 of 32"].get_ydata(), [-0.15, -0.15])
+    assert "Switch +0.200" in describe(figure) and "top-4 of 32 -0.150" in describe(figure)
+
+
+def test_outcomes_are_dots_within_a_seed():
+    figure = router_outcomes({"made up": made_up()})
+    (ax,) = figure.axes
+    dots = [line.get_xdata() for line in ax.lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(dots, [[0.1, 0.3], [-0.2, -0.1]])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["Switch", "top-4 of 32"]
+    assert "made up, top-4 of 32: -0.150 (-0.200 to -0.100)" in describe(figure)
+    without = {"runs": [run for run in made_up()["runs"] if run["name"] != "one FFN"]}
+    with pytest.raises(ValueError, match="no run called 'one FFN'"):
+        router_outcomes({"made up": without})
+
+
+@pytest.mark.parametrize(
+    "figure", [router_outcomes({"a": SMALL_RUNS, "b": LARGE_RUNS}), router_curves(LARGE_RUNS)]
+)
+def test_the_stored_runs_figures_can_be_read(figure):
+    texts = texts_of(figure)
+    assert not overlaps(figure, texts) and not outside(figure)
+    assert min(t.get_fontsize() for t in texts) >= SMALL
+
+
+@pytest.mark.parametrize(
+    ("stored", "study", "seeds"), [(SMALL_RUNS, routers.STUDY, 3), (LARGE_RUNS, routers.LARGE_STUDY, 2)]
+)
+def test_the_stored_runs_are_the_command_s(stored, study, seeds):
+    assert {name: DSV2Config.from_dict(cfg) for name, cfg in stored["models"].items()} == study.models
+    assert stored["training"] == study.training.to_dict()
+    assert {(run["name"], run["seed"]) for run in stored["runs"]} == {
+        (name, seed) for name in study.models for seed in range(seeds)
+    }
+    assert stored["command"].startswith("python -m dsv2.bench routers")
+    assert {"date", "device", "versions", "corpus_fingerprint"} <= set(stored)
+
+
+def gains(stored: dict, name: str) -> list[float]:
+    loss = {(run["name"], run["seed"]): run["val_nats_per_byte"] for run in stored["runs"]}
+    return [loss[name, seed] - loss["one FFN", seed] for kind, seed in loss if kind == name]
+
+
+def test_what_the_chapter_says_of_the_stored_runs():
+    fine = [g for kind in ("top-4 of 32", "3 of 31 + 1 shared") for g in gains(SMALL_RUNS, kind)]
+    assert -0.10 < min(fine) and max(fine) < -0.039
+    fine = [g for kind in ("top-4 of 32", "3 of 31 + 1 shared") for g in gains(LARGE_RUNS, kind)]
+    assert -0.0245 < min(fine) and max(fine) < -0.0065
+    switch = gains(SMALL_RUNS, "Switch") + gains(LARGE_RUNS, "Switch")
+    assert -0.0055 < min(switch) < 0 < max(switch) < 0.0255
+    assert all(g < 0 for kind in ("GShard", "GLaM", "Mixtral") for g in gains(LARGE_RUNS, kind))
+    finest = gains(LARGE_RUNS, "6 of 62 + 2 shared")
+    assert all(
+        a < b
+        for kind in FAMILIES
+        if kind != "6 of 62 + 2 shared"
+        for a, b in zip(finest, gains(LARGE_RUNS, kind))
+    )
+    smallest = gains(SMALL_RUNS, "6 of 62 + 2 shared")
+    assert all(a > b for a, b in zip(smallest, gains(SMALL_RUNS, "top-4 of 32")))
