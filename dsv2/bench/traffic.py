@@ -1,0 +1,217 @@
+"""What really travels: one layer of experts on 1 to 8 processes of this machine, beside `FakeDevices`.
+
+Tokens, experts and weights come from a seed, so that every process makes the same ones and keeps its share.
+Each runs the layer forward and backward over all-to-all (gloo, float32) and compares its part of the output
+and of the gradients with what devices in one process give; bytes are counted in both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv2.moe import device_limited_top_k
+from dsv2.moe.experts import RoutedExperts
+from dsv2.moe.parallel import HIDDEN, KINDS, ExpertParallel, FakeDevices, Placement, ProcessGroup
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's sizes. tokens: on each device; limit: devices a token may be sent to, None: all."""
+
+    devices: int
+    tokens: int = 64
+    experts: int = 24
+    hidden: int = 32
+    width: int = 16
+    k: int = 4
+    limit: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 1 <= self.devices <= 8:
+            raise ValueError(f"processes={self.devices} must be 1 to 8: each is a Python of its own")
+        if self.experts % self.devices:
+            raise ValueError(f"experts={self.experts} must be a multiple of processes={self.devices}")
+        most = self.devices if self.limit is None else self.limit
+        if not 1 <= most <= self.devices:
+            raise ValueError(f"limit={self.limit} must be 1 to processes={self.devices}, or None")
+        if self.k > most * self.experts // self.devices:
+            raise ValueError(f"k={self.k}: {most} devices hold {most * self.experts // self.devices} experts")
+
+    @property
+    def placement(self) -> Placement:
+        return Placement.even(self.experts, self.devices)
+
+    def make(self) -> tuple[RoutedExperts, Tensor, Tensor, Tensor, Tensor]:
+        """Experts, hidden states, expert ids, weights, and the loss's slope, for all devices together."""
+        random = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=random)
+
+        experts = RoutedExperts(self.experts, self.hidden, self.width)
+        with torch.no_grad():
+            for parameter in experts.parameters():
+                parameter.copy_(normal(*parameter.shape) * parameter.shape[-1] ** -0.5)
+        n = self.devices * self.tokens
+        scores = (1.5 * normal(1, n, self.experts)).softmax(dim=-1)
+        made = device_limited_top_k(scores, self.k, self.devices, self.limit or self.devices)
+        return experts, normal(n, self.hidden), made.expert_ids[0], made.weights[0], normal(n, self.hidden)
+
+
+def run_fake(layer: Layer) -> tuple[dict[str, Tensor], FakeDevices]:
+    """The layer on devices in this process: output and gradients, and the devices, which counted."""
+    experts, x, ids, weights, slope = layer.make()
+    x.requires_grad_(), weights.requires_grad_()
+    devices = FakeDevices(layer.devices)
+    out = ExpertParallel(layer.placement, devices)(experts, x, ids, weights)
+    out.backward(slope)
+    found = {"output": out.detach(), "gradient of x": x.grad, "gradient of weights": weights.grad}
+    return found | {"gradient of experts": experts.w_down.grad}, devices
+
+
+def run_real(layer: Layer) -> dict[str, Any]:
+    """This process's share, under torchrun: largest differences from `run_fake`, and everyone's bytes."""
+    torch.distributed.init_process_group("gloo")
+    devices = ProcessGroup()
+    (rank,) = devices.here
+    expected, _ = run_fake(layer)
+    experts, x, ids, weights, slope = layer.make()
+    mine = slice(rank * layer.tokens, (rank + 1) * layer.tokens)
+    held = list(layer.placement.experts_on(rank))
+    local = layer.placement.local(experts, rank)
+    x, weights = x[mine].clone().requires_grad_(), weights[mine].clone().requires_grad_()
+    out = ExpertParallel(layer.placement, devices)(local, x, ids[mine], weights)
+    out.backward(slope[mine])
+    found = {"output": out.detach(), "gradient of x": x.grad, "gradient of weights": weights.grad}
+    found["gradient of experts"] = local.w_down.grad
+    apart = []
+    for name, part in found.items():
+        true = expected[name][held if name == "gradient of experts" else mine]
+        apart.append((part - true).abs().max())
+    apart = torch.stack(apart)
+    torch.distributed.all_reduce(apart, torch.distributed.ReduceOp.MAX)
+    traffic = devices.all_traffic()
+    torch.distributed.destroy_process_group()
+    return {
+        "differences": dict(zip(found, apart.tolist())),
+        "bytes": {kind: traffic.bytes(kind).tolist() for kind in KINDS},
+    }
+
+
+def measure_traffic(processes: int = 4, timeout: float = 120.0, **sizes: Any) -> dict[str, Any]:
+    """Run a `Layer` in real processes and in `FakeDevices`: who sent how many bytes, and do they agree.
+
+    sizes: fields of `Layer`. Returns "layer"; "real" and "fake", by kind of traffic the bytes from each
+    device, down, to each, across; "differences", the largest of the output and the gradients. Raises
+    ValueError for sizes that do not fit, RuntimeError where processes cannot be started or take longer than
+    `timeout` seconds.
+    """
+    layer = Layer(processes, **sizes)
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        raise RuntimeError("this PyTorch has no gloo: experts cannot be put on several processes here")
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        run = ["--standalone", "--nproc-per-node", str(processes), "-m", "dsv2.bench.traffic"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *run,
+            json.dumps(asdict(layer)),
+            str(report),
+        ]
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        try:
+            ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(
+                f"{processes} processes did not end within timeout={timeout:g} seconds; give them longer, or "
+                "start fewer"
+            ) from None
+        except OSError as error:
+            raise RuntimeError(f"no process could be started here: {error}") from error
+        if ran.returncode or not report.exists():
+            last = "\n".join(ran.stderr.strip().splitlines()[-15:])
+            raise RuntimeError(f"the processes ended with an error:\n{last}")
+        found = json.loads(report.read_text(encoding="utf-8"))
+    _, devices = run_fake(layer)
+    return {
+        "layer": asdict(layer),
+        "real": found["bytes"],
+        "fake": {kind: devices.traffic.bytes(kind).tolist() for kind in KINDS},
+        "differences": found["differences"],
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """Bytes by kind, and the differences, as text."""
+    layer = report["layer"]
+    most = layer["devices"] if layer["limit"] is None else layer["limit"]
+    lines = [
+        f"{layer['devices']} processes with {layer['tokens']} tokens each, {layer['experts']} experts, "
+        f"{layer['k']} a token on at most {most} devices, hidden states of {4 * layer['hidden']} bytes",
+        f"{'':20}{'real processes':>16}{'fake devices':>16}   bytes between devices",
+    ]
+    for kind in KINDS:
+        real, fake = (torch.tensor(report[where][kind]) for where in ("real", "fake"))
+        same = "equal for every pair of devices" if torch.equal(real, fake) else "DIFFERENT"
+        lines.append(f"{kind:20}{int(real.sum()):16,}{int(fake.sum()):16,}   {same}")
+    lines += [f"largest difference, {name}: {value:.1e}" for name, value in report["differences"].items()]
+    return "\n".join(lines)
+
+
+def hidden_bytes(report: dict[str, Any], where: str = "real") -> Tensor:
+    """(G, G): bytes of hidden states, to the experts and back, from each device to each other one."""
+    return sum(torch.tensor(report[where][kind]) for kind in HIDDEN)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dsv2.bench traffic", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("--processes", type=int, default=4, help="1 to 8 (default: 4)")
+    parser.add_argument("--tokens", type=int, default=Layer.tokens, help="on each (default: %(default)s)")
+    parser.add_argument("--experts", type=int, default=Layer.experts, help="(default: %(default)s)")
+    parser.add_argument("--k", type=int, default=Layer.k, help="experts a token (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="most devices a token is sent to (default: no limit)")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON to write (default: none)")
+    options = vars(parser.parse_args(arguments))
+    out = options.pop("out")
+    try:
+        report = measure_traffic(**options)
+    except ValueError as error:
+        parser.error(str(error))
+    except RuntimeError as error:
+        print(f"dsv2.bench: {error}", file=sys.stderr)
+        return 1
+    print(table(report))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0 if report["real"] == report["fake"] else 1
+
+
+if __name__ == "__main__":  # one of the processes, under torchrun
+    found = run_real(Layer(**json.loads(sys.argv[1])))
+    if os.environ["RANK"] == "0":
+        Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")
