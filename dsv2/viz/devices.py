@@ -63,7 +63,7 @@ def message_drawing(
     for device in range(devices):
         tops.append(y)
         colour = DEVICE_COLOURS[device]
-        held = ", ".join(str(e) for e in placement.experts_on(device)) or "none"
+        held = _numbers(placement.experts_on(device))
         for x, width, title in (
             (left, 2.5, f"device {device}"),
             (middle, 3.1, f"device {device}: experts {held}"),
@@ -122,6 +122,13 @@ def message_drawing(
         f"{starts[-1]} tokens on {devices} devices: {sent} hidden states are sent to other devices, and as "
         f"many come back; {stay} stay on their own.",
     )
+
+
+def _numbers(experts: Sequence[int]) -> str:
+    """Which experts: "3 to 5" for neighbours."""
+    if len(experts) > 2 and experts[-1] - experts[0] == len(experts) - 1:
+        return f"{experts[0]} to {experts[-1]}"
+    return ", ".join(map(str, experts)) or "none"
 
 
 def _say(ax: Axes, x: float, y: float, text: str, colour: str = INK, weight: str = "normal") -> None:
