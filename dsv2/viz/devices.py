@@ -133,7 +133,14 @@ def _say(ax: Axes, x: float, y: float, text: str, colour: str = INK, weight: str
 
 
 def chance_reach(n_experts: int, devices: int, k: int) -> float:
-    """Devices reached by k different experts, every set of k equally likely: the mean."""
+    """Devices reached by k different experts, every set of k equally likely: the mean.
+
+    Raises ValueError where experts do not split evenly.
+    """
+    if n_experts % devices:
+        raise ValueError(
+            f"experts must split evenly: n_experts={n_experts} is not a multiple of devices={devices}"
+        )
     others = n_experts - n_experts // devices
     return devices * (1 - math.comb(others, k) / math.comb(n_experts, k))
 
@@ -262,6 +269,9 @@ def limit_outcomes(stored: Mapping[str, Any]) -> Figure:
     for run in stored["runs"]:
         m = stored["models"][run["name"]]["topk_group"]
         runs.setdefault(m, {})[run["seed"]] = run["val_nats_per_byte"]
+    for m, seed in ((m, seed) for m in runs for seed in set().union(*runs.values())):
+        if seed not in runs[m]:
+            raise ValueError(f"M = {m} has no run of seed {seed}: losses are compared within a seed")
     free = max(runs)
     figure = new_figure(10.4, 4.3)
     panels = figure.subplots(1, 2)
@@ -385,11 +395,13 @@ def traffic_figure(rows: Int[Tensor, "G G"]) -> Figure:
     for a in range(devices):
         for b in range(devices):
             if a != b and table[a, b]:
+                width = 11 * table[a, b] / widest
+                head = f"simple,tail_width={width},head_width={width + 7},head_length={0.5 * width + 6}"
                 ring.add_patch(
                     FancyArrowPatch(
-                        places[a], places[b], connectionstyle="arc3,rad=0.12", arrowstyle="-|>",
-                        mutation_scale=9, shrinkA=21, shrinkB=23, linewidth=11 * table[a, b] / widest,
-                        color=style.ACTIVE if b == busiest else style.CACHED, alpha=0.55,
+                        places[a], places[b], connectionstyle="arc3,rad=0.12", arrowstyle=head,
+                        mutation_scale=1, shrinkA=21, shrinkB=21, linewidth=0, alpha=0.55,
+                        color=style.ACTIVE if b == busiest else style.CACHED, label=f"{a} to {b}",
                     )
                 )  # fmt: skip
     for device, (x, y) in enumerate(places):
