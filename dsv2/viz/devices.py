@@ -63,7 +63,7 @@ def message_drawing(
     for device in range(devices):
         tops.append(y)
         colour = DEVICE_COLOURS[device]
-        held = ", ".join(str(e) for e in placement.experts_on(device)) or "none"
+        held = _numbers(placement.experts_on(device))
         for x, width, title in (
             (left, 2.5, f"device {device}"),
             (middle, 3.1, f"device {device}: experts {held}"),
@@ -122,6 +122,13 @@ def message_drawing(
         f"{starts[-1]} tokens on {devices} devices: {sent} hidden states are sent to other devices, and as "
         f"many come back; {stay} stay on their own.",
     )
+
+
+def _numbers(experts: Sequence[int]) -> str:
+    """Which experts: "3 to 5" for neighbours."""
+    if len(experts) > 2 and experts[-1] - experts[0] == len(experts) - 1:
+        return f"{experts[0]} to {experts[-1]}"
+    return ", ".join(map(str, experts)) or "none"
 
 
 def _say(ax: Axes, x: float, y: float, text: str, colour: str = INK, weight: str = "normal") -> None:
@@ -384,6 +391,7 @@ def traffic_figure(rows: Int[Tensor, "G G"]) -> Figure:
     ring, bars = figure.subplots(1, 2, gridspec_kw={"width_ratios": (1.25, 1)})
     margins(figure, left=0.15, right=0.3, bottom=0.8, top=0.5, wspace=0.22)
     ring.set_axis_off()
+    ring.set(xticks=[], yticks=[])
     ring.set_aspect("equal")
     ring.set_xlim(-1.35, 1.35)
     ring.set_ylim(-1.3, 1.3)
