@@ -193,7 +193,7 @@ def limit_curves(means: Mapping[str, Mapping[int, float]], per_device: float) ->
         raise ValueError("means is empty")
     ax = new_axes(None, 10.0, 4.6, left=1.25, right=2.7, bottom=0.8, top=0.3)
     most = max(max(curve) for curve in means.values())
-    scale = 1024
+    scale = 1000
     ax.plot(
         [1, most],
         [per_device / scale, most * per_device / scale],
@@ -209,12 +209,12 @@ def limit_curves(means: Mapping[str, Mapping[int, float]], per_device: float) ->
     style.measured_lines(ax, list(next(iter(means.values()))), named, markersize=9, gap=10)
     ax.set_xticks(range(1, most + 1))
     ax.set_ylim(0, None)
-    label(ax, "M: devices that a token may be sent to", "KiB sent for a token and layer")
+    label(ax, "M: devices that a token may be sent to", "KB sent for a token and layer")
     said = "; ".join(
         f"{name}: " + ", ".join(f"M = {m} {v * per_device / scale:.1f}" for m, v in curve.items())
         for name, curve in means.items()
     )
-    return finish(ax, f"KiB sent for a token. {said}.")
+    return finish(ax, f"KB sent for a token. {said}.")
 
 
 # ------------------------------------------------------------------------------------------- the bytes
@@ -385,7 +385,7 @@ def traffic_figure(rows: Int[Tensor, "G G"]) -> Figure:
 
     rows: hidden states from each device, down, to each, across. Bytes are those of DeepSeek-V2's.
     """
-    table = rows.numpy() * HIDDEN_BYTES / 2**20
+    table = rows.numpy() * HIDDEN_BYTES / 1e6
     devices = len(table)
     figure = new_figure(10.6, 5.6)
     ring, bars = figure.subplots(1, 2, gridspec_kw={"width_ratios": (1.25, 1)})
@@ -399,7 +399,7 @@ def traffic_figure(rows: Int[Tensor, "G G"]) -> Figure:
     places = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     received = table.sum(axis=0)
     busiest = int(received.argmax())
-    widest = EXPLORED_TOKENS * HIDDEN_BYTES / 2**20 / devices  # every token of one device to another
+    widest = EXPLORED_TOKENS * HIDDEN_BYTES / 1e6 / devices  # every token of one device to another
     for a in range(devices):
         for b in range(devices):
             if a != b and table[a, b]:
@@ -423,9 +423,9 @@ def traffic_figure(rows: Int[Tensor, "G G"]) -> Figure:
     bars.plot([received.mean()] * 2, [-0.5, devices - 0.5], color=INK, linewidth=2.5, linestyle=(0, (4, 2)))
     bars.set_ylim(devices - 0.5, -0.5)
     bars.set_yticks(range(devices))
-    bars.set_xlim(0, 40)
+    bars.set_xlim(0, 44)
     bars.tick_params(axis="y", length=0)
-    label(bars, "MiB received (dashed: mean)", "device", " ")
+    label(bars, "MB received (dashed: mean)", "device", " ")
     return finish(figure, traffic_text(rows))
 
 
