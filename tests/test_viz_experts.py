@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from test_viz import outside, overlaps, texts_of
 
 from dsv2.bench import routers
@@ -294,3 +295,39 @@ def test_what_the_chapter_says_of_the_stored_runs():
     # Measured on the fewer windows of the curves, one of the four small leads is gone.
     few = [g for kind in ("top-4 of 32", "3 of 31 + 1 shared") for g in gains(LARGE_RUNS, kind, on_the_curve)]
     assert sum(g > 0 for g in few) == 1
+
+
+def drawn() -> dict[str, Figure]:
+    """The figures that are made from routings and layouts, at the ends of their ranges."""
+    long = list("def area(r): return 3.14 * r ** 2")
+    random = states(len(long), 24)
+    many = {name.split(":")[0]: play(random, name, 16, 4, 1.0, 1.0) for name in PLAYED}
+    return {
+        "six routers": routers_side_by_side(many, long),
+        "one router": routers_side_by_side({"Mixtral": many["Mixtral"]}, long),
+        "three routers of 4 experts": routers_side_by_side(
+            {name.split(":")[0]: play(random, name, 4, 2, 1.0, 0.5) for name in list(PLAYED)[:3]}, long
+        ),
+        "words": playground_figure(play(states(6), "GLaM: two", 8, 2, 1.0, 1.0), ["return"] * 6, 2),
+        "least": playground_figure(play(random, "Switch: the best", 4, 1, 0.1, 0.5), long),
+        "most": playground_figure(play(random, "all experts", 32, 8, 4.0, 1.0), long, 4),
+        "layouts": expert_layouts({"one": Layout(1, 4, 1), "6 of 62 + 2 shared": Layout(62, 0.5, 6, 2)}),
+    }
+
+
+@pytest.mark.parametrize("name", drawn())
+def test_figures_of_routings_can_be_read(name):
+    figure = drawn()[name]
+    texts = texts_of(figure)
+    assert not overlaps(figure, texts) and not outside(figure)
+    assert min(t.get_fontsize() for t in texts) >= SMALL and len(describe(figure)) > 60
+
+
+def test_a_router_that_drops_the_wrong_pairs_would_be_seen():
+    """A planted bug: with kept turned round, bars and crosses of the playground are others."""
+    right = dropping()
+    wrong = Routing(right.expert_ids, right.weights, right.scores, ~right.kept)
+    figures = [playground_figure(made, ["a", "b", "c"]) for made in (right, wrong)]
+    widths = [[bar.get_width() for bar in figure.axes[1].patches] for figure in figures]
+    crosses = [sorted(zip(*figure.axes[0].lines[0].get_data())) for figure in figures]
+    assert widths[0] != widths[1] and crosses[0] != crosses[1]

@@ -120,10 +120,12 @@ def routers_side_by_side(routings: Mapping[str, Routing], texts: Sequence[str], 
         if made.expert_ids.shape[1] != tokens:
             raise ValueError(f"texts has {tokens} tokens, {name} is over {made.expert_ids.shape[1]}")
     experts = next(iter(routings.values())).n_experts
-    rows = -(-len(routings) // 2)
-    figure = new_figure(11.4, 0.9 + rows * (0.62 + 0.125 * experts))
-    panels = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
-    margins(figure, left=0.8, right=1.1, bottom=0.75, top=0.45, wspace=0.06, hspace=0.62 / (0.125 * experts))
+    columns = min(2, len(routings))
+    rows = -(-len(routings) // columns)
+    height = max(0.125 * experts, 1.0)
+    figure = new_figure(11.4, 0.75 + rows * (0.62 + height))
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    margins(figure, left=0.8, right=1.1, bottom=0.9, top=0.45, wspace=0.06, hspace=0.62 / height)
     said = []
     for panel, (name, made) in zip(panels.flat, routings.items()):
         _choices(panel, made, sequence, Normalize(0, 1))
@@ -135,12 +137,13 @@ def routers_side_by_side(routings: Mapping[str, Routing], texts: Sequence[str], 
         said.append(f"{name}: {made.expert_ids.shape[2]} experts a token, {text}")
     for panel in panels.flat[len(routings) :]:
         panel.set_visible(False)
-    for panel in panels[-1]:
+    for panel in panels.flat[max(0, len(routings) - columns) : len(routings)]:  # the lowest of each column
         _token_ticks(panel, texts)
+        panel.tick_params(labelbottom=True)
         label(panel, "token")
     for panel in panels[:, 0]:
         label(panel, None, "expert")
-        panel.set_yticks(range(0, experts, max(1, experts // 4)))
+        panel.set_yticks(range(0, experts, max(2, experts // 4)))
     beside = figure.add_axes((1 - 0.95 / figure.get_size_inches()[0], 0.2, 0.018, 0.6))
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), style.GLOW), cax=beside, ticks=[0, 0.5, 1])
     bar.outline.set_visible(False)
