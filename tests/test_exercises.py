@@ -476,7 +476,9 @@ def test_a_mistake_is_named_if_it_alone_explains_every_wrong_case(double):
     half_mended = judge(double, lambda x: x * x if len(x) == 2 else 2 * x)
     assert half_mended.status == "failed" and half_mended.mistake == "squared"
     two_mistakes = judge(double, lambda x: x * x if len(x) == 2 else x / 2)
-    assert two_mistakes.status == "failed" and not two_mistakes.mistake
+    assert two_mistakes.status == "failed" and two_mistakes.mistake == "squared", "that of the case shown"
+    neither = judge(double, lambda x: 3 * x if len(x) == 2 else x / 2)
+    assert neither.status == "failed" and not neither.mistake
     twins = dataclasses.replace(
         double,
         mistakes=(
@@ -485,6 +487,7 @@ def test_a_mistake_is_named_if_it_alone_explains_every_wrong_case(double):
         ),
     )
     assert not judge(twins, lambda x: x * x if len(x) == 2 else 2 * x).mistake, "either would explain it"
+    assert not judge(twins, lambda x: x * x if len(x) == 2 else 3 * x).mistake, "either would explain case 1"
 
 
 @pytest.mark.parametrize(
