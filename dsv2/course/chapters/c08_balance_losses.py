@@ -409,8 +409,8 @@ EXPERT_BALANCE_LOSS = Exercise(
         ),
     ),
     hints=(
-        "An expert has f = 3 and another f = 0.2. If a router moves a little affinity from the first to the "
-        "second, by how much does the sum of f_i P_i fall? Through which of the two factors did it know?",
+        "An expert has f = 3 and another f = 0.2. A router moves 0.01 of P from the first to the second. By "
+        "how much does the sum of f_i P_i fall? Which of the two factors told it where to take it from?",
         'The notebook\'s section "The expert loss" computes f with 08.1 and P as a mean over the tokens. '
         "Multiply, sum over the experts, then take the mean over the sequences, and mind the mask in P as "
         "in f.",
@@ -566,7 +566,7 @@ DEVICE_BALANCE_LOSS = Exercise(
     ),
     hints=(
         "A device with 20 experts gets an eighth of all choices, and there are 8 devices. What are the mean "
-        "and the sum of its experts' f_i? Which of the two stays 1 with 40 experts on 4 devices?",
+        "and the sum of its experts' f_i? Which of the two is the same with 40 experts on each?",
         'The notebook\'s section "The device loss": the f and P of 08.2, joined device by device. '
         "x.unflatten(-1, (n_group, -1)) turns (batch, experts) into (batch, devices, experts on each).",
         "f, P as in 08.2                                          (batch, experts)\n"
