@@ -1,7 +1,8 @@
 """Chapter 06: a feed-forward network cut into experts, and a router that chooses among them.
 
-Six exercises: cut a dense network into experts, compute affinities, choose the best experts, give out places
-where experts are full, run the chosen ones, and a whole layer that has a bug.
+Seven exercises: cut a dense network into experts, compute affinities, choose the best experts, give out
+places where experts are full, leave the second of two to chance, run the chosen ones, and a whole layer that
+has a bug.
 
     python3 course.py check 06        all of this chapter
     python3 course.py check 06.1      one exercise
@@ -116,9 +117,41 @@ def within_capacity(
     raise NotImplementedError("exercise 06.4: write this, then run: python3 course.py check 06.4")
 
 
-# exercise 06.5: running what was chosen (difficulty 2 of 3, about 25 minutes)
+# exercise 06.5: the second by chance (difficulty 2 of 3, about 15 minutes)
 # check: python3 course.py check 06.5     in a notebook: check("06.5")
 # hint:  python3 course.py hint 06.5      in a notebook: hint("06.5")
+def two_by_chance(
+    scores: Float[Tensor, "batch tokens experts"], drawn: Float[Tensor, "batch tokens"]
+) -> Routing:
+    """The two best experts with weights of sum 1, the second kept by chance (GShard, algorithm 1).
+
+        g_1 = s_1 / (s_1 + s_2),   g_2 = s_2 / (s_1 + s_2),    s_1, s_2 the token's two highest affinities
+        the second expert is kept with probability min(1, 2 g_2)                       (arXiv 2006.16668)
+
+    drawn: for each token a number that is spread evenly over [0, 1), so that "with probability p" is "where
+    the number is below p".
+
+    Returns Routing(expert_ids, weights, scores, kept): expert_ids (batch, tokens, 2), best first; weights
+    (batch, tokens, 2), the g of both, also where the second is not kept: the first does not get its share;
+    scores as they came in; kept (batch, tokens, 2), False where an expert is not to work.
+
+    The affinities 0.6 and 0.2 make weights of 0.75 and 0.25, and the second is kept where the number is below
+    0.5. Two tokens alike with the numbers 0.4 and 0.7:
+
+    >>> scores = torch.tensor([[[0.2, 0.6, 0.1, 0.1], [0.2, 0.6, 0.1, 0.1]]])
+    >>> routing = two_by_chance(scores, torch.tensor([[0.4, 0.7]]))
+    >>> routing.expert_ids[0, 0], routing.weights[0, 0]
+    (tensor([1, 0]), tensor([0.7500, 0.2500]))
+    >>> routing.kept[0]
+    tensor([[ True,  True],
+            [ True, False]])
+    """
+    raise NotImplementedError("exercise 06.5: write this, then run: python3 course.py check 06.5")
+
+
+# exercise 06.6: running what was chosen (difficulty 2 of 3, about 25 minutes)
+# check: python3 course.py check 06.6     in a notebook: check("06.6")
+# hint:  python3 course.py hint 06.6      in a notebook: hint("06.6")
 def run_experts(
     x: Float[Tensor, "tokens hidden"],
     expert_ids: Int[Tensor, "tokens k"],
@@ -143,12 +176,12 @@ def run_experts(
     >>> run_experts(x, ids, weights, w_gate_up, w_down, kept=torch.tensor([[True, False]]))
     tensor([[8.5732]])
     """
-    raise NotImplementedError("exercise 06.5: write this, then run: python3 course.py check 06.5")
+    raise NotImplementedError("exercise 06.6: write this, then run: python3 course.py check 06.6")
 
 
-# exercise 06.6: a layer that trains, with a bug (a bug hunt, difficulty 2 of 3, about 15 minutes)
-# check: python3 course.py check 06.6     in a notebook: check("06.6")
-# hint:  python3 course.py hint 06.6      in a notebook: hint("06.6")
+# exercise 06.7: a layer that trains, with a bug (a bug hunt, difficulty 2 of 3, about 15 minutes)
+# check: python3 course.py check 06.7     in a notebook: check("06.7")
+# hint:  python3 course.py hint 06.7      in a notebook: hint("06.7")
 def moe_layer(
     x: Float[Tensor, "tokens hidden"],
     centroids: Float[Tensor, "experts hidden"],
@@ -188,4 +221,4 @@ def moe_layer(
         out = out + weights[:, slot, None] * result
     return out
 
-# stub f26ebe: file 516b13, 06.1 6c1290, 06.2 1ac898, 06.3 7cc309, 06.4 1114e4, 06.5 50ed39, 06.6 3f52c9
+# stub 4bd023: file bf8638, 06.1 6c1290, 06.2 1ac898, 06.3 7cc309, 06.4 1114e4, 06.5 038528, 06.6 53443a, 06.7 829cb3

@@ -1,7 +1,8 @@
 """Chapter 06: a feed-forward network cut into experts, and a router that chooses among them.
 
-Six exercises: cut a dense network into experts, compute affinities, choose the best experts, give out places
-where experts are full, run the chosen ones, and a whole layer that has a bug.
+Seven exercises: cut a dense network into experts, compute affinities, choose the best experts, give out
+places where experts are full, leave the second of two to chance, run the chosen ones, and a whole layer that
+has a bug.
 
     python3 course.py check 06        all of this chapter
     python3 course.py check 06.1      one exercise
@@ -135,6 +136,44 @@ def within_capacity(
 
 
 # exercise 06.5
+def two_by_chance(
+    scores: Float[Tensor, "batch tokens experts"], drawn: Float[Tensor, "batch tokens"]
+) -> Routing:
+    """The two best experts with weights of sum 1, the second kept by chance (GShard, algorithm 1).
+
+        g_1 = s_1 / (s_1 + s_2),   g_2 = s_2 / (s_1 + s_2),    s_1, s_2 the token's two highest affinities
+        the second expert is kept with probability min(1, 2 g_2)                       (arXiv 2006.16668)
+
+    drawn: for each token a number that is spread evenly over [0, 1), so that "with probability p" is "where
+    the number is below p".
+
+    Returns Routing(expert_ids, weights, scores, kept): expert_ids (batch, tokens, 2), best first; weights
+    (batch, tokens, 2), the g of both, also where the second is not kept: the first does not get its share;
+    scores as they came in; kept (batch, tokens, 2), False where an expert is not to work.
+
+    The affinities 0.6 and 0.2 make weights of 0.75 and 0.25, and the second is kept where the number is below
+    0.5. Two tokens alike with the numbers 0.4 and 0.7:
+
+    >>> scores = torch.tensor([[[0.2, 0.6, 0.1, 0.1], [0.2, 0.6, 0.1, 0.1]]])
+    >>> routing = two_by_chance(scores, torch.tensor([[0.4, 0.7]]))
+    >>> routing.expert_ids[0, 0], routing.weights[0, 0]
+    (tensor([1, 0]), tensor([0.7500, 0.2500]))
+    >>> routing.kept[0]
+    tensor([[ True,  True],
+            [ True, False]])
+    """
+    # <solution>
+    best, expert_ids = scores.topk(2, dim=-1)
+    # The same as a softmax over the two logits alone, which is how Mixtral writes it.
+    weights = best / best.sum(dim=-1, keepdim=True)
+    kept = torch.ones_like(expert_ids, dtype=torch.bool)
+    # g_2 is 1/2 at most: where both are equal, the second is certain.
+    kept[..., 1] = drawn < 2 * weights[..., 1]
+    return Routing(expert_ids, weights, scores, kept)
+    # </solution>
+
+
+# exercise 06.6
 def run_experts(
     x: Float[Tensor, "tokens hidden"],
     expert_ids: Int[Tensor, "tokens k"],
@@ -149,7 +188,8 @@ def run_experts(
         FFN_i(u) = W_down,i (silu(W_gate,i u) * W_up,i u)
 
     w_gate_up[i] holds expert i's rows of W_gate, then those of W_up. The layer must not compute what nobody
-    asked for: an expert runs on the tokens that chose it, all of them at once, and on no other.
+    asked for: an expert runs on the tokens that chose it, all of them at once, and on no other. (In the
+    check, an expert that nobody chose may be nan.)
 
     One token of one number, 3.0, on two experts of one unit each, with weights 0.5 and 0.25, the second
     dropped: silu(1 * 3) * (2 * 3) * 1 * 0.5 = 8.5732.
@@ -172,7 +212,7 @@ def run_experts(
     # </solution>
 
 
-# exercise 06.6
+# exercise 06.7
 def moe_layer(
     x: Float[Tensor, "tokens hidden"],
     centroids: Float[Tensor, "experts hidden"],

@@ -28,20 +28,24 @@ from dsv2.viz.plots import _cross_dropped, _token_ticks, _weights
 from dsv2.viz.style import BASE, INK, LINE, SMALL, finish, label, margins, new_axes, new_figure
 from dsv2.viz.widgets import Explorer
 
-# Kinds of runs (dsv2.bench.routers): coarse experts, fine ones, and what they are compared with.
+# Kinds of runs (dsv2.bench.routers), large experts before small ones, and a colour for each kind.
 FAMILIES = {
-    "one FFN": style.GREY,
-    "all experts": INK,
-    "Switch": style.ORANGE,
-    "GShard": style.ORANGE,
-    "GLaM": style.ORANGE,
-    "Mixtral": style.ORANGE,
-    "top-4 of 32": style.CACHED,
-    "3 of 31 + 1 shared": style.CACHED,
-    "6 of 62 + 2 shared": style.CACHED,
+    "one of 8": ("Switch",),
+    "two of 16": ("GShard", "GLaM", "Mixtral"),
+    "small experts": ("top-4 of 32", "3 of 31 + 1 shared", "6 of 62 + 2 shared"),
+    "eight times the products": ("all experts",),
 }
-DASHES = {"GShard": (0, (5, 2)), "GLaM": (0, (2, 2)), "Mixtral": (0, (1, 1))}
-DASHES |= {"3 of 31 + 1 shared": (0, (5, 2)), "6 of 62 + 2 shared": (0, (2, 2)), "all experts": (0, (5, 2))}
+KIND_COLOURS = {
+    "Switch": style.ORANGE,
+    "GShard": style.GREEN,
+    "GLaM": style.PURPLE,
+    "Mixtral": style.VERMILLION,
+    "top-4 of 32": style.BLUE,
+    "3 of 31 + 1 shared": style.SKY,
+    "6 of 62 + 2 shared": INK,
+    "all experts": style.GREY,
+}
+DASHES = {"GShard": (0, (5, 1.5)), "Mixtral": (0, (1.5, 1)), "3 of 31 + 1 shared": (0, (5, 1.5))}
 REFERENCE = "one FFN"
 
 # -------------------------------------------------------------------------------------- how they are cut
@@ -116,10 +120,12 @@ def routers_side_by_side(routings: Mapping[str, Routing], texts: Sequence[str], 
         if made.expert_ids.shape[1] != tokens:
             raise ValueError(f"texts has {tokens} tokens, {name} is over {made.expert_ids.shape[1]}")
     experts = next(iter(routings.values())).n_experts
-    rows = -(-len(routings) // 2)
-    figure = new_figure(11.4, 0.9 + rows * (0.62 + 0.125 * experts))
-    panels = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
-    margins(figure, left=0.8, right=1.1, bottom=0.75, top=0.45, wspace=0.06, hspace=0.62 / (0.125 * experts))
+    columns = min(2, len(routings))
+    rows = -(-len(routings) // columns)
+    height = max(0.125 * experts, 1.0)
+    figure = new_figure(11.4, 0.75 + rows * (0.62 + height))
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    margins(figure, left=0.8, right=1.1, bottom=0.9, top=0.45, wspace=0.06, hspace=0.62 / height)
     said = []
     for panel, (name, made) in zip(panels.flat, routings.items()):
         _choices(panel, made, sequence, Normalize(0, 1))
@@ -131,11 +137,13 @@ def routers_side_by_side(routings: Mapping[str, Routing], texts: Sequence[str], 
         said.append(f"{name}: {made.expert_ids.shape[2]} experts a token, {text}")
     for panel in panels.flat[len(routings) :]:
         panel.set_visible(False)
-    for panel in panels[-1]:
+    for panel in panels.flat[max(0, len(routings) - columns) : len(routings)]:  # the lowest of each column
         _token_ticks(panel, texts)
+        panel.tick_params(labelbottom=True)
+        label(panel, "token")
     for panel in panels[:, 0]:
         label(panel, None, "expert")
-        panel.set_yticks(range(0, experts, max(1, experts // 4)))
+        panel.set_yticks(range(0, experts, max(2, experts // 4)))
     beside = figure.add_axes((1 - 0.95 / figure.get_size_inches()[0], 0.2, 0.018, 0.6))
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), style.GLOW), cax=beside, ticks=[0, 0.5, 1])
     bar.outline.set_visible(False)
@@ -217,7 +225,7 @@ def routing_playground(
     """
     if states.ndim != 2 or len(states) != len(texts):
         raise ValueError(f"states {tuple(states.shape)} must be (tokens, hidden) for {len(texts)} texts")
-    about = {"style": {"description_width": "150px"}, "layout": ipywidgets.Layout(width="430px")}
+    about = {"style": {"description_width": "120px"}, "layout": ipywidgets.Layout(width="400px")}
 
     def menu(options: Sequence[Any], value: Any, description: str) -> ipywidgets.SelectionSlider:
         return ipywidgets.SelectionSlider(options=options, value=value, description=description, **about)
@@ -261,7 +269,7 @@ def playground_figure(made: Routing, texts: Sequence[str], shared: int = 0) -> F
     experts, tokens = made.n_experts, len(texts)
     figure = new_figure(10.6, 5.6)
     heat, load = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": (3.3, 1)})
-    margins(figure, left=0.85, right=0.3, bottom=1.05, top=0.45, wspace=0.04)
+    margins(figure, left=0.85, right=0.3, bottom=0.85, top=0.45, wspace=0.04)
     _choices(heat, made, 0, Normalize(0, 1))
     for number in range(shared):
         y = -1.4 - number
@@ -321,65 +329,71 @@ def _by_seed(stored: Mapping[str, Any]) -> dict[str, dict[int, Mapping[str, Any]
 
 
 def router_curves(stored: Mapping[str, Any]) -> Figure:
-    """Validation loss over the steps, less that of "one FFN" of the same seed: mean over the seeds.
+    """Validation loss over the steps, less that of "one FFN" of the same seed: mean and range of the seeds.
 
-    stored: as `python -m dsv2.bench routers` writes it.
+    stored: as `python -m dsv2.bench routers` writes it. A panel for each family of kinds; the scale is that
+    of the last three quarters of the steps, and larger swings at the beginning leave it.
     """
     found = _by_seed(stored)
-    ax = new_axes(None, 10.4, 5.4, left=1.5, right=2.75, bottom=0.8, top=0.3)
-    ends, said = {}, []
-    for name, group in found.items():
-        if name == REFERENCE:
-            continue
-        curves = {seed: np.array(run["val_curve"]) for seed, run in group.items()}
-        base = {seed: np.array(found[REFERENCE][seed]["val_curve"]) for seed in curves}
-        gains = np.array([curve[:, 1] - base[seed][:, 1] for seed, curve in curves.items()])
-        steps = next(iter(curves.values()))[:, 0]
-        colour, dash = FAMILIES.get(name, style.SKY), DASHES.get(name, "-")
-        ax.plot(steps[1:], gains.mean(axis=0)[1:], color=colour, linewidth=LINE, linestyle=dash, label=name)
-        ends[name] = gains[:, -1].mean()
-        said.append(f"{name} {ends[name]:+.3f}")
-    ax.axhline(0, color=style.GREY, linewidth=LINE)
-    ends[REFERENCE] = 0.0
-    ax.set_xlim(0, steps[-1])
-    _end_names(ax, ends)
-    label(ax, "step", "loss less that of one FFN\n(nats per byte; lower is better)")
-    return finish(ax, f"Loss at the end, less that of one FFN: {'; '.join(said)}.")
+    panels_of = _families(found)
+    figure = new_figure(10.4, 6.9)
+    panels = figure.subplots(-(-len(panels_of) // 2), 2, sharex=True, sharey=True, squeeze=False)
+    margins(figure, left=1.5, right=0.3, bottom=0.75, top=0.5, wspace=0.16, hspace=0.28)
+    said, settled = [], [0.0]
+    for panel, (family, names) in zip(panels.flat, panels_of.items()):
+        style.style_axes(panel)
+        panel.axhline(0, color=INK, linewidth=2, linestyle=(0, (4, 2)))
+        for name in names:
+            steps, gains = _gains(found, name)
+            low, high, mean = gains.min(axis=0), gains.max(axis=0), gains.mean(axis=0)
+            colour = KIND_COLOURS.get(name, style.SKY)
+            panel.fill_between(steps[1:], low[1:], high[1:], color=colour, alpha=0.2, linewidth=0)
+            dash = DASHES.get(name, "-")
+            panel.plot(steps[1:], mean[1:], color=colour, linewidth=LINE, linestyle=dash, label=name)
+            late = steps >= steps[-1] / 4
+            settled += [*low[late], *high[late]]
+            said.append(f"{name} {mean[-1]:+.3f} ({low[-1]:+.3f} to {high[-1]:+.3f})")
+        label(panel, None, None, family)
+        panel._left_title.set_fontsize(BASE)
+        panel.legend(loc="upper right", frameon=False, fontsize=SMALL, handlelength=1.6, labelspacing=0.2)
+    for panel in panels.flat[len(panels_of) :]:
+        panel.set_visible(False)
+    space = 0.1 * (max(settled) - min(settled))
+    # Room above for a legend of three lines.
+    panels[0, 0].set_ylim(min(settled) - space, max(settled) + 4 * space)
+    panels[0, 0].set_xlim(0, steps[-1])
+    panels[0, 0].yaxis.set_major_locator(MaxNLocator(6))
+    for panel in panels[-1]:
+        label(panel, "step")
+    figure.supylabel(
+        "loss less that of one FFN\n(nats per byte; lower is better)",
+        fontsize=BASE,
+        color=INK,
+        x=0.012,
+        ha="left",
+        ma="center",
+    )
+    return finish(
+        figure,
+        "Loss over the steps less that of one FFN, by family of layers. At the end, mean (least to most): "
+        f"{'; '.join(said)}.",
+    )
 
 
-def _end_names(ax: Axes, ends: Mapping[str, float]) -> None:
-    """Names with samples of their lines at the right, pushed apart where they would overlap."""
-    low, high = ax.get_ylim()
-    gap = 0.07 * (high - low)
-    order = sorted(ends, key=lambda name: ends[name])
-    places = [ends[name] for name in order]
-    for _ in range(200):
-        for i in range(1, len(places)):
-            lack = gap - (places[i] - places[i - 1])
-            if lack > 0:
-                places[i - 1], places[i] = places[i - 1] - lack / 2, places[i] + lack / 2
-    for name, place in zip(order, places):
-        y = (place - low) / (high - low)
-        colour = FAMILIES.get(name, style.SKY)
-        ax.plot(
-            [1.015, 1.07],
-            [y, y],
-            transform=ax.transAxes,
-            color=colour,
-            linewidth=LINE,
-            linestyle=DASHES.get(name, "-"),
-            clip_on=False,
-        )
-        ax.annotate(
-            name,
-            (1.08, y),
-            xycoords="axes fraction",
-            va="center",
-            fontsize=BASE,
-            fontweight="bold",
-            color=style.ink(colour),
-            annotation_clip=False,
-        )
+def _families(found: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The kinds that were run, by family; a kind that is in none is one of its own."""
+    known = {name for names in FAMILIES.values() for name in names}
+    families = {family: [n for n in names if n in found] for family, names in FAMILIES.items()}
+    families |= {name: [name] for name in found if name not in known and name != REFERENCE}
+    return {family: names for family, names in families.items() if names}
+
+
+def _gains(found: Mapping[str, Mapping[int, Mapping[str, Any]]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps,) and (seeds, steps): the losses of a kind less those of "one FFN" of the same seed."""
+    curves = {seed: np.array(run["val_curve"]) for seed, run in found[name].items()}
+    base = {seed: np.array(found[REFERENCE][seed]["val_curve"]) for seed in curves}
+    gains = np.array([curve[:, 1] - base[seed][:, 1] for seed, curve in curves.items()])
+    return next(iter(curves.values()))[:, 0], gains
 
 
 def router_outcomes(studies: Mapping[str, Mapping[str, Any]]) -> Figure:
@@ -401,7 +415,7 @@ def router_outcomes(studies: Mapping[str, Mapping[str, Any]]) -> Figure:
                 run["val_nats_per_byte"] - found[REFERENCE][seed]["val_nats_per_byte"]
                 for seed, run in found[name].items()
             ]
-            colour = FAMILIES.get(name, style.SKY)
+            colour = KIND_COLOURS.get(name, style.SKY)
             panel.plot(values, [row] * len(values), "o", color=colour, ms=10, alpha=0.8, mec="none")
             panel.plot([np.mean(values)] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=2.5)
             low, high = min(values), max(values)

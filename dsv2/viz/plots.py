@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from dsv2.accounting import attention_twin, kv_bytes_per_token
@@ -585,7 +586,16 @@ def _cross_dropped(ax: Axes, routing: Routing, sequence: int, centres: np.ndarra
         return
     token, place = np.nonzero(~routing.kept[sequence].cpu().numpy())
     expert = routing.expert_ids[sequence].cpu().numpy()[token, place]
-    ax.plot(token, centres[expert], "x", color=INK, markersize=6, markeredgewidth=2, label="dropped")
+    ax.plot(
+        token,
+        centres[expert],
+        "x",
+        color=INK,
+        markersize=6,
+        markeredgewidth=2,
+        label="dropped",
+        path_effects=[withStroke(linewidth=3.4, foreground=style.PAPER)],  # seen on dark cells too
+    )
 
 
 def _token_ticks(ax: Axes, texts: Sequence[str]) -> None:

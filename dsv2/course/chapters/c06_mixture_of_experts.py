@@ -617,7 +617,192 @@ WITHIN_CAPACITY = Exercise(
 )
 
 
-# ------------------------------------------------------------ 06.5 running what was chosen
+# ------------------------------------------------------------ 06.5 the second by chance
+
+
+def with_slope_of_two(answer: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """As `with_slope`, and which pairs are kept."""
+    made: list[Any] = []
+
+    def keep(**rest: Any) -> Any:
+        made.append(answer(**rest))
+        return made[0]
+
+    found = with_slope(keep, arguments)
+    return {**found, "kept": made[0].kept} if isinstance(found, dict) else found
+
+
+def halves(best: Tensor, scores: Tensor) -> Tensor:
+    return best / best.sum(dim=-1, keepdim=True)
+
+
+def by_chance(
+    weigh: Callable[[Tensor, Tensor], Tensor] = halves,
+    *,
+    probability: Callable[[Tensor, Tensor], Tensor] = lambda g, s: 2 * g[..., 1],
+    keep: Callable[[Tensor, Tensor], Tensor] = lambda drawn, p: drawn < p,
+    both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda second, drawn: (
+        torch.ones_like(second),
+        second,
+    ),
+    pick: Callable[[Tensor, int], tuple[Tensor, Tensor]] = lambda scores, k: scores.topk(k, dim=-1),
+    after: Callable[[Tensor, Tensor], Tensor] = lambda weights, kept: weights,
+) -> Callable[..., Routing]:
+    """An answer to 06.5. after: what becomes of the weights once it is known who is kept."""
+
+    def answer(scores: Tensor, drawn: Tensor) -> Routing:
+        best, ids = pick(scores, 2)
+        weights = weigh(best, scores)
+        second = keep(drawn, probability(halves(best, scores).detach(), best.detach()))
+        kept = torch.stack(both(second, drawn), dim=-1)
+        return Routing(ids, after(weights, kept), scores, kept)
+
+    return answer
+
+
+def one_draw_for_all(scores: Tensor, drawn: Tensor) -> Routing:
+    return by_chance()(scores, drawn[:, :1].expand_as(drawn))
+
+
+def rest_to_the_first(weights: Tensor, kept: Tensor) -> Tensor:
+    weights = weights * kept
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def chance_case(seed: int, batch: int, tokens: int, experts: int) -> dict[str, Any]:
+    random = torch.Generator().manual_seed(seed + 1)
+    return {
+        "scores": affinities(seed, batch, tokens, experts),
+        "drawn": torch.rand(batch, tokens, generator=random),
+    }
+
+
+TWO_BY_CHANCE = Exercise(
+    number="06.5",
+    name="two_by_chance",
+    title="the second by chance",
+    difficulty=2,
+    minutes=15,
+    answer=by_chance(),
+    run=with_slope_of_two,
+    cases=(
+        Case("3 sequences of 12 tokens, 7 experts", lambda: chance_case(81, 3, 12, 7)),
+        Case("2 sequences of 9 tokens, 5 experts", lambda: chance_case(83, 2, 9, 5)),
+        Case("1 sequence of 20 tokens, 10 experts", lambda: chance_case(85, 1, 20, 10)),
+    ),
+    mistakes=(
+        Mistake(
+            "affinities as weights",
+            "The weights are the affinities as they are, as DeepSeek's. GShard's two add up to 1.",
+            by_chance(lambda best, scores: best),
+        ),
+        Mistake(
+            "softmax of the affinities",
+            "A softmax was taken of the two affinities, which are shares already. That of the two logits "
+            "would be the same as dividing by their sum.",
+            by_chance(lambda best, scores: best.softmax(dim=-1)),
+        ),
+        Mistake(
+            "a probability of g_2",
+            "The second expert was kept with probability g_2, half as often as it should be: at equal "
+            "affinities it is certain.",
+            by_chance(probability=lambda g, s: g[..., 1]),
+        ),
+        Mistake(
+            "chance by the affinity",
+            "The probability was made from the affinity s_2, before it was divided by the sum of the two. "
+            "With many experts the second would hardly ever work.",
+            by_chance(probability=lambda g, s: 2 * s[..., 1]),
+        ),
+        Mistake(
+            "chance by the first's weight",
+            "The probability was made from the first expert's weight, so that the second is surest to work "
+            "where it weighs least.",
+            by_chance(probability=lambda g, s: 2 * g[..., 0] - 1),
+        ),
+        Mistake(
+            "kept and refused swapped",
+            "The second expert was kept where chance refuses it. A probability of p is a number below p.",
+            by_chance(keep=lambda drawn, p: drawn >= p),
+        ),
+        Mistake(
+            "no chance",
+            "The second expert is always kept, as in GLaM and Mixtral.",
+            by_chance(keep=lambda drawn, p: torch.ones_like(drawn, dtype=torch.bool)),
+        ),
+        Mistake(
+            "a threshold instead of chance",
+            "The second expert was kept where it weighs a quarter or more: the numbers in `drawn` were not "
+            "used. An expert below any threshold would never be tried.",
+            by_chance(keep=lambda drawn, p: p >= 0.5),
+        ),
+        Mistake(
+            "the whole token by chance",
+            "Where chance refuses the second expert, the first was dropped as well. The first is certain.",
+            by_chance(both=lambda second, drawn: (second, second)),
+        ),
+        Mistake(
+            "the first by chance",
+            "Chance was applied to the first expert, and the second is certain.",
+            by_chance(both=lambda second, drawn: (second, torch.ones_like(second))),
+        ),
+        Mistake(
+            "one number for all tokens",
+            "All tokens of a sequence were decided by the first one's number. Each has its own.",
+            one_draw_for_all,
+        ),
+        Mistake(
+            "the rest to the first",
+            "Where the second is refused, the first got the weight 1. In GShard its weight stays g_1, and "
+            "such a token gets less from its experts.",
+            by_chance(after=rest_to_the_first),
+        ),
+        Mistake(
+            "weights of 0",
+            "Where the second is refused, its weight was set to 0. Who works is said by kept; the weights "
+            "stay whole.",
+            by_chance(after=lambda weights, kept: weights * kept),
+        ),
+        Mistake(
+            "no gradient",
+            "The weights are right and carry no gradient: the router could not learn.",
+            by_chance(lambda best, scores: halves(best, scores).detach()),
+        ),
+        Mistake(
+            "the second first",
+            "The two experts stand in the order second, first. expert_ids is to be best first.",
+            by_chance(
+                pick=worst_first,
+                probability=lambda g, s: 2 * g[..., 0],
+                both=lambda second, drawn: (second, torch.ones_like(second)),
+            ),
+        ),
+    ),
+    hints=(
+        "A token's two highest affinities are 0.3 and 0.1. What are its weights, how likely is the second "
+        "expert to work, and which numbers between 0 and 1 let it?",
+        'The notebook\'s section "Two, and the second by chance" prints weights and probabilities of one '
+        "token. topk(2) gives both affinities; drawn < 2 * g_2 is a table of True and False for the second "
+        "expert. The first one is always True.",
+        "best, expert_ids = the 2 largest of scores over the experts\n"
+        "weights = best divided by the sum of the two\n"
+        "kept = all True, in the shape of expert_ids\n"
+        "kept[:, :, 1] = drawn < 2 * weights[:, :, 1]\n"
+        "result = Routing(expert_ids, weights, scores, kept)",
+    ),
+    checked="the two best, weights of sum 1 and their gradient, the first certain, the second by its own "
+    "number",
+    axes={
+        "expert_ids": ("sequence", "token", "slot"),
+        "weights": ("sequence", "token", "slot"),
+        "scores": ("sequence", "token", "expert"),
+        "the gradient of weights by scores": ("sequence", "token", "expert"),
+        "kept": ("sequence", "token", "slot"),
+    },
+)
+
+
+# ------------------------------------------------------------ 06.6 running what was chosen
 
 
 def network(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
@@ -636,7 +821,7 @@ def ran(
     overwrite: bool = False,
     slots: Callable[[int], int] = lambda k: k,
 ) -> Callable[..., Tensor]:
-    """An answer to 06.5. before: the weight goes to the expert's input; overwrite: the last result stays."""
+    """An answer to 06.6. before: the weight goes to the expert's input; overwrite: the last result stays."""
 
     def answer(x, expert_ids, weights, w_gate_up, w_down, kept):
         out, weights, kept = torch.zeros_like(x), scale(weights), drop(kept)
@@ -675,20 +860,31 @@ def with_another(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor, T
 def run_case(
     seed: int, tokens: int, hidden: int, experts: int, width: int, k: int, dropped: float = 0.0
 ) -> dict[str, Any]:
+    """Experts that nobody chose are made of nan, which survives being multiplied by 0."""
     made = routing.top_k(affinities(seed, 1, tokens, experts), k)
     kept = torch.rand(tokens, k, generator=torch.Generator().manual_seed(seed)) >= dropped
+    w_down = normal(seed + 3, experts, hidden, width, scale=width**-0.5)
+    w_down[torch.bincount(made.expert_ids[0].flatten(), minlength=experts) == 0] = torch.nan
     return {
         "x": normal(seed + 1, tokens, hidden),
         "expert_ids": made.expert_ids[0],
         "weights": made.weights[0],
         "w_gate_up": normal(seed + 2, experts, 2 * width, hidden, scale=hidden**-0.5),
-        "w_down": normal(seed + 3, experts, hidden, width, scale=width**-0.5),
+        "w_down": w_down,
         "kept": kept,
     }
 
 
+def all_experts_for_all(x, expert_ids, weights, w_gate_up, w_down, kept):
+    out = torch.zeros_like(x)
+    for expert in range(len(w_down)):
+        weight = (weights * kept * (expert_ids == expert)).sum(dim=-1)
+        out = out + weight[:, None] * network(x, w_gate_up[expert], w_down[expert])
+    return out
+
+
 RUN_EXPERTS = Exercise(
-    number="06.5",
+    number="06.6",
     name="run_experts",
     title="running what was chosen",
     difficulty=2,
@@ -704,7 +900,7 @@ RUN_EXPERTS = Exercise(
             lambda: run_case(55, 6, 8, 10, 6, 3, 0.3),
         ),
         Case(
-            "2 tokens, vectors of 5, 12 experts of width 3, 4 a token: most experts have nothing to do",
+            "2 tokens, vectors of 5, 12 experts of width 3, 4 a token: those with nothing to do are nan",
             lambda: run_case(59, 2, 5, 12, 3, 4),
         ),
     ),
@@ -713,6 +909,12 @@ RUN_EXPERTS = Exercise(
             "only the last expert",
             "A token's results overwrite each other: the last expert's alone is left. They are added up.",
             ran(overwrite=True),
+        ),
+        Mistake(
+            "all experts for all tokens",
+            "Experts were computed that nobody chose, and multiplied by zero afterwards. That saves nothing; "
+            "in one case such experts are nan, which zero does not take away.",
+            all_experts_for_all,
         ),
         Mistake(
             "weights left out",
@@ -795,12 +997,12 @@ RUN_EXPERTS = Exercise(
         "    result = (silu(gate) * up) times the transpose of w_down[i]\n"
         "    add weights[token, slot] * result to out[token]",
     ),
-    checked="every token's own experts and weights, added up; dropped pairs; experts without tokens",
+    checked="every token's own experts and weights, added up; dropped pairs; experts that nobody chose",
     axes=("token", "hidden"),
 )
 
 
-# ------------------------------------------------------------ 06.6 a whole layer, with a bug
+# ------------------------------------------------------------ 06.7 a whole layer, with a bug
 
 
 def layer(
@@ -809,7 +1011,7 @@ def layer(
     add_shared: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda out, shared, weights: out + shared,
     routed_input: Callable[[Tensor, Tensor], Tensor] = lambda x, shared: x,
 ) -> Callable[..., Tensor]:
-    """An answer to 06.6."""
+    """An answer to 06.7."""
 
     def answer(x, centroids, w_gate_up, w_down, shared_gate_up, shared_down, k):
         weights, ids = weigh(x @ centroids.mT, k)
@@ -850,7 +1052,7 @@ def layer_case(
 
 
 MOE_LAYER = Exercise(
-    number="06.6",
+    number="06.7",
     name="moe_layer",
     title="a layer that trains, with a bug",
     difficulty=2,
@@ -946,4 +1148,4 @@ MOE_LAYER = Exercise(
     axes=("token", "hidden"),
 )
 
-EXERCISES = (SPLIT, EXPERT_AFFINITY, TOP_K, WITHIN_CAPACITY, RUN_EXPERTS, MOE_LAYER)
+EXERCISES = (SPLIT, EXPERT_AFFINITY, TOP_K, WITHIN_CAPACITY, TWO_BY_CHANCE, RUN_EXPERTS, MOE_LAYER)
