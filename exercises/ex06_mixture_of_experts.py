@@ -166,7 +166,8 @@ def run_experts(
         FFN_i(u) = W_down,i (silu(W_gate,i u) * W_up,i u)
 
     w_gate_up[i] holds expert i's rows of W_gate, then those of W_up. The layer must not compute what nobody
-    asked for: an expert runs on the tokens that chose it, all of them at once, and on no other.
+    asked for: an expert runs on the tokens that chose it, all of them at once, and on no other. (In the
+    check, an expert that nobody chose may be nan.)
 
     One token of one number, 3.0, on two experts of one unit each, with weights 0.5 and 0.25, the second
     dropped: silu(1 * 3) * (2 * 3) * 1 * 0.5 = 8.5732.
@@ -221,4 +222,4 @@ def moe_layer(
         out = out + weights[:, slot, None] * result
     return out
 
-# stub 4bd023: file bf8638, 06.1 6c1290, 06.2 1ac898, 06.3 7cc309, 06.4 1114e4, 06.5 038528, 06.6 53443a, 06.7 829cb3
+# stub 348862: file bf8638, 06.1 6c1290, 06.2 1ac898, 06.3 7cc309, 06.4 1114e4, 06.5 038528, 06.6 c50e24, 06.7 829cb3
