@@ -211,6 +211,25 @@ def test_gradient_of_the_device_losses():
         torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_gets_no_gradient(left):
+    """0 at padding; at a sequence's real tokens alpha f_i / (T B), with T as many as are real."""
+    routing, lengths = draw(), torch.tensor([[8], [3], [5]])
+    columns = torch.arange(T)
+    mask = columns >= T - lengths if left else columns < lengths
+    scores = routing.scores.clone().requires_grad_()
+    of_experts = balance.expert_frequencies(routing.expert_ids, E, mask)
+    reach = balance.device_reach(routing.expert_ids, E, D, M, mask)
+    of_devices = of_experts.unflatten(1, (D, 3)).mean(dim=2)
+    prices = of_experts, of_devices.repeat_interleave(3, 1), reach.repeat_interleave(3, 1)
+    masked = three(Routing(routing.expert_ids, routing.weights, scores), mask)
+    for loss, price in zip(masked, prices):
+        (gradient,) = torch.autograd.grad(loss, scores)
+        assert gradient[~mask].eq(0).all()
+        expected = (price / (B * lengths))[:, None] * mask[..., None]
+        torch.testing.assert_close(gradient, expected)
+
+
 def test_descending_the_losses_evens_the_load():
     """Plain gradient descent on logits that start with favourites."""
     torch.manual_seed(0)

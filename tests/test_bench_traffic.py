@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +73,7 @@ def test_a_difference_is_said_and_is_an_error(monkeypatch, capsys):
         ({"processes": 5, "experts": 24}, "experts=24 must be a multiple of processes=5"),
         ({"processes": 4, "limit": 5}, "limit=5 must be 1 to processes=4"),
         ({"processes": 4, "limit": 1, "k": 7}, "k=7: 1 devices hold 6 experts"),
+        ({"processes": 2, "tokens": 0}, "tokens=0 must be at least 1"),
     ],
 )
 def test_sizes_that_do_not_fit(sizes, why):
@@ -78,13 +83,13 @@ def test_sizes_that_do_not_fit(sizes, why):
 
 @distributed
 def test_processes_that_fail_or_hang_are_told_in_words(monkeypatch, capsys):
-    def ended(command, **options):
+    def ended(command, timeout, environment):
         return subprocess.CompletedProcess(command, 1, "", "Traceback\nRuntimeError: no sockets here\n")
 
-    def hangs(command, timeout, **options):
+    def hangs(command, timeout, environment):
         raise subprocess.TimeoutExpired(command, timeout)
 
-    def refused(command, **options):
+    def refused(command, timeout, environment):
         raise PermissionError("not allowed")
 
     for run, said in (
@@ -92,7 +97,7 @@ def test_processes_that_fail_or_hang_are_told_in_words(monkeypatch, capsys):
         (hangs, "2 processes did not end within timeout=3 seconds"),
         (refused, "no process could be started here: not allowed"),
     ):
-        monkeypatch.setattr(traffic.subprocess, "run", run)
+        monkeypatch.setattr(traffic, "run_to_its_end", run)
         with pytest.raises(RuntimeError, match=said.split("\n")[0]):
             measure_traffic(2, timeout=3)
         assert bench(["traffic", "--processes", "2", "--timeout", "3"]) == 1
@@ -100,3 +105,43 @@ def test_processes_that_fail_or_hang_are_told_in_words(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         bench(["traffic", "--processes", "9"])
     assert "processes=9" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX's")
+def test_what_a_stopped_process_has_started_ends_too(tmp_path):
+    noted = tmp_path / "pid"
+    code = (
+        "import pathlib, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(120)'])\n"
+        f"pathlib.Path({str(noted)!r}).write_text(str(child.pid))\n"
+        "time.sleep(120)"
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        traffic.run_to_its_end([sys.executable, "-c", code], 3.0, dict(os.environ))
+    child = int(noted.read_text())
+    for _ in range(50):
+        if not alive(child):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process {child} is still running")
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")  # one that has ended may wait to be collected
+    return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+@distributed
+def test_a_time_limit_is_kept():
+    with pytest.raises(RuntimeError, match=r"2 processes did not end within timeout=0\.2 seconds"):
+        measure_traffic(2, timeout=0.2)
+
+
+def test_without_gloo_it_says_so(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: False, raising=False)
+    with pytest.raises(RuntimeError, match="no gloo"):
+        measure_traffic(2)

@@ -26,6 +26,7 @@ from dsv2.course.judge import alike, attempt, compare, diagnose, in_one_format, 
 from dsv2.course.spec import Case, Exercise, Mistake
 from dsv2.course.verdict import Verdict
 from dsv2.kernels.backend import triton
+from dsv2.moe.routing import allowed_experts
 
 
 def loaded() -> dict[Path, tuple[Exercise, ...]]:
@@ -475,7 +476,9 @@ def test_a_mistake_is_named_if_it_alone_explains_every_wrong_case(double):
     half_mended = judge(double, lambda x: x * x if len(x) == 2 else 2 * x)
     assert half_mended.status == "failed" and half_mended.mistake == "squared"
     two_mistakes = judge(double, lambda x: x * x if len(x) == 2 else x / 2)
-    assert two_mistakes.status == "failed" and not two_mistakes.mistake
+    assert two_mistakes.status == "failed" and two_mistakes.mistake == "squared", "that of the case shown"
+    neither = judge(double, lambda x: 3 * x if len(x) == 2 else x / 2)
+    assert neither.status == "failed" and not neither.mistake
     twins = dataclasses.replace(
         double,
         mistakes=(
@@ -484,6 +487,7 @@ def test_a_mistake_is_named_if_it_alone_explains_every_wrong_case(double):
         ),
     )
     assert not judge(twins, lambda x: x * x if len(x) == 2 else 2 * x).mistake, "either would explain it"
+    assert not judge(twins, lambda x: x * x if len(x) == 2 else 3 * x).mistake, "either would explain case 1"
 
 
 @pytest.mark.parametrize(
@@ -1150,3 +1154,12 @@ def test_a_file_that_hangs_while_it_is_run_and_leaves_nothing_behind(toy, file, 
     assert verdict.status == "hung" and verdict.case.startswith("running the file")
     verdicts.close()  # as Ctrl-C does
     assert len(workers) == 1 and workers[0].ended() and not workers[0].folder.exists()
+
+
+def test_the_device_limited_choice_does_not_hang_on_the_order_of_equal_affinities():
+    (exercise,) = [exercise for all_ in CHAPTERS.values() for exercise in all_ if exercise.number == "07.4"]
+    for case in exercise.cases:
+        given = case.arguments()
+        open_to = allowed_experts(given["scores"], given["n_group"], given["topk_group"])
+        for affinities, may in zip(given["scores"].flatten(0, 1), open_to.flatten(0, 1)):
+            assert len(affinities[may].unique()) == may.sum(), case.says

@@ -16,6 +16,7 @@ from dsv2.moe import (
     RoutedExperts,
     Router,
     Routing,
+    balance_loss,
     device_limited_top_k,
     drop_tokens,
     load_imbalance,
@@ -427,3 +428,69 @@ def test_the_router_learns_through_the_weights():
     layer, x = with_weights(DeepSeekMoE(CFG)), torch.randn(BATCH, TOKENS, 10)
     layer(x)[0].sum().backward()
     assert layer.router.weight.grad.abs().max() > 0
+
+
+# ------------------------------------------------------------ what no loss may come from, or lead to
+
+
+def gradients(loss: torch.Tensor, layer: DeepSeekMoE, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """By name: what `loss` asks of the layer's input, its router and its routed experts."""
+    named = {"x": x, "router": layer.router.weight, **dict(layer.experts.named_parameters())}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)
+    return {name: torch.zeros_like(v) if g is None else g for (name, v), g in zip(named.items(), found)}
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_a_dropped_pair_brings_no_gradient(padding, monkeypatch):
+    """Neither to its expert, nor to its affinity, nor to its token: as if the pair had not been chosen."""
+    monkeypatch.setattr(moe_layer, "EXEMPT_SHARE", 0.0)
+    layer, x = training_layer().train(), torch.randn(BATCH, TOKENS, 10, requires_grad=True)
+    mask = torch.arange(TOKENS) < torch.tensor([[TOKENS], [4]]) if padding else None
+    out, routing = layer(x, mask)
+    assert not routing.kept.all() and routing.kept.any()
+    slope = torch.linspace(-1, 1, out.numel()).view_as(out)
+    found = gradients((out * slope).sum(), layer, x)
+    scores = expert_affinity(x, layer.router.weight)
+    weights = scores.gather(-1, routing.expert_ids) * CFG.routed_scaling_factor
+    asked = [part.flatten(0, 1) for part in (x, routing.expert_ids, weights)]
+    dropping = experts_by_hand(layer.experts, *asked, routing.kept.flatten(0, 1)).view_as(x)
+    computing_all = experts_by_hand(layer.experts, *asked).view_as(x)
+    expected = gradients(((dropping + layer.shared(x)) * slope).sum(), layer, x)
+    wrong = gradients(((computing_all + layer.shared(x)) * slope).sum(), layer, x)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], **CLOSE)
+        assert (wrong[name] - expected[name]).abs().max() > 1e-2, "a pair that is not dropped would show"
+
+
+def test_with_all_pairs_dropped_only_the_balance_loss_moves_the_router(monkeypatch):
+    """The model's own loss finds no way into router or experts; f still counts what was asked for."""
+    monkeypatch.setattr(moe_layer, "EXEMPT_SHARE", 0.0)
+    layer, x = training_layer().train(), torch.randn(BATCH, TOKENS, 10, requires_grad=True)
+    layer.device_budget = 0.0
+    out, routing = layer(x)
+    assert not routing.kept.any()
+    torch.testing.assert_close(out, layer.shared(x), **CLOSE)
+    own = gradients(out.square().sum(), layer, x)
+    assert own["router"].eq(0).all() and own["w_gate_up"].eq(0).all() and own["w_down"].eq(0).all()
+    assert own["x"].abs().max() > 0, "the token itself goes on, through the shared experts"
+    cfg = CFG.replace(aux_loss_alpha=0.3)
+    balance = gradients(balance_loss(routing, cfg), layer, x)
+    assert balance["router"].abs().max() > 0
+    assert balance["w_gate_up"].eq(0).all() and balance["w_down"].eq(0).all()
+
+
+def test_padding_is_never_kept_and_brings_nothing(monkeypatch):
+    """Not to experts or router by a real token's loss, not through the balance losses, in training."""
+    monkeypatch.setattr(moe_layer, "EXEMPT_SHARE", 0.0)
+    layer, x = training_layer().train(), torch.randn(BATCH, TOKENS, 10, requires_grad=True)
+    mask = torch.arange(TOKENS) < torch.tensor([[TOKENS], [3]])
+    out, routing = layer(x, mask)
+    assert not routing.kept[~mask].any()
+    cfg = CFG.replace(aux_loss_alpha=0.3, device_loss_alpha=0.5, communication_loss_alpha=0.7)
+    found = gradients(balance_loss(routing, cfg, mask), layer, x)["x"]
+    assert found[~mask].eq(0).all() and found[mask].abs().amin(dim=-1).gt(0).all()
+    # What stands at padding changes nothing for the others: neither their outputs nor the balance loss.
+    other = torch.where(mask[..., None], x, 5 * torch.randn(BATCH, TOKENS, 10))
+    out_other, routing_other = layer(other, mask)
+    torch.testing.assert_close(out_other[mask], out[mask], **CLOSE)
+    torch.testing.assert_close(balance_loss(routing_other, cfg, mask), balance_loss(routing, cfg, mask))

@@ -102,6 +102,32 @@ def test_a_widget_is_stored_as_its_texts_and_pictures(tmp_path, capsys):
     assert path.read_bytes() == first, "a second run stores the same bytes"
 
 
+IN_PIECES = """
+import sys, time
+from IPython.display import display
+for part in ("one ", "line\\n", "another\\n"):
+    print(part, end="", flush=True)
+    time.sleep(0.5)  # longer than a kernel gathers
+print("aside", file=sys.stderr, flush=True)
+print("third", flush=True)
+display(6 * 7)
+print("fourth")
+"""
+
+
+def test_text_that_came_in_pieces_is_stored_as_one(tmp_path):
+    path = written(tmp_path, IN_PIECES)
+    assert refresh.main([str(path)]) == 0
+    (cell,) = nbformat.read(path, as_version=4).cells
+    assert [(o.get("name"), o.get("text") or o.data["text/plain"]) for o in cell.outputs] == [
+        ("stdout", "one line\nanother\n"),
+        ("stderr", "aside\n"),
+        ("stdout", "third\n"),
+        (None, "42"),
+        ("stdout", "fourth\n"),
+    ]
+
+
 def test_a_notebook_that_fails_stays_as_it_was(tmp_path, capsys):
     path = written(tmp_path, "1 / 0")
     before = path.read_bytes()

@@ -103,6 +103,32 @@ def test_experts_starve_without_the_losses_and_not_with_them(seed):
     assert (again.loads == without.loads).all() and (again.errors == without.errors).all()
 
 
+def test_each_loss_does_its_own_work_in_the_simulator():
+    """What chapter 08 says under its sliders, with room for other rounding: over ten seeds."""
+    ends = {}
+    for name, alphas in {
+        "none": {},
+        "device": {"device": 0.3},
+        "communication": {"communication": 0.3},
+        "expert": {"expert": 0.1},
+        "apart": {"shared": 0.0},
+        "paper": {"expert": 0.003, "device": 0.05, "communication": 0.02},
+    }.items():
+        found = [simulate_balance(**alphas, seed=seed) for seed in range(10)]
+        ends[name] = (
+            np.array([starved(run.loads[-1]) for run in found]),
+            np.array([run.received[-1] for run in found]),
+        )
+    assert ends["none"][0].min() >= 4 and ends["none"][0].max() <= 13
+    idle = [(received < 20).any() for received in ends["none"][1]]
+    assert np.mean(idle) >= 0.7, "a device that stands idle is the rule without losses"
+    assert ends["device"][1].min() > 40 and ends["device"][0].min() >= 2
+    assert np.ptp(ends["communication"][1]) < 80 and ends["communication"][0].min() >= 2
+    assert ends["expert"][0].max() <= 1 and np.ptp(ends["expert"][1]) > np.ptp(ends["communication"][1])
+    assert ends["apart"][0].mean() < 0.6 * ends["none"][0].mean()
+    assert ends["paper"][0].mean() > 3 > ends["expert"][0].mean()
+
+
 @pytest.mark.parametrize("alphas", [(0, 0, 0), (0.3, 0.3, 0.3), (0.3, 0, 0), (0, 0.3, 0), (0, 0, 0.3)])
 def test_the_ends_of_the_sliders_are_stable(alphas):
     for shared in (0.0, 0.75, 1.25):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.patches import FancyArrowPatch
 from test_viz import outside, overlaps, texts_of
 
 from dsv2.bench import device_limit
@@ -63,6 +64,66 @@ def test_every_message_is_an_arrow_there_and_back():
     assert not outside(figure)
 
 
+PLACED = Placement((2, 0, 1, 0, 2, 1, 2), 4)  # 7 experts in no order, none on the last device
+LOOSE_SIZES = [1, 3, 0, 2]  # tokens of each device
+LOOSE_IDS = torch.tensor([[0, 4, 1], [1, 3, 0], [2, 5, 6], [3, 2, 4], [6, 4, 0], [1, 2, 3]])
+
+
+def loose_inboxes():
+    experts, devices = RoutedExperts(7, 5, 4), FakeDevices(4)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.fill_(0.1)
+        moved = ExpertParallel(PLACED, devices)
+        moved(experts, torch.ones(6, 5), LOOSE_IDS, torch.ones(6, 3), tokens=LOOSE_SIZES)
+    return devices.inboxes
+
+
+def expected_messages() -> set[tuple[str, int, int, frozenset[int]]]:
+    """(token, its device, the experts' device, experts), from the choices alone."""
+    homes = [device for device, size in enumerate(LOOSE_SIZES) for _ in range(size)]
+    found = set()
+    for t, chosen in enumerate(LOOSE_IDS.tolist()):
+        for device in {PLACED.device_of[e] for e in chosen}:
+            there = frozenset(e for e in chosen if PLACED.device_of[e] == device)
+            found.add(("abcdef"[t], homes[t], device, there))
+    return found
+
+
+def drawn_messages(figure) -> list[tuple[str, str, frozenset[int]]]:
+    """(token at the arrow's start, token at its end, experts it is for), from what stands on the figure."""
+    (ax,) = figure.axes
+    tokens = {(*t.get_position(),): t.get_text()[-1] for t in ax.texts if t.get_text().startswith("token ")}
+    work = {(*t.get_position(),): t.get_text() for t in ax.texts if ": expert " in t.get_text()}
+    work = {place: text for place, text in work.items() if not text.startswith("device")}
+
+    def nearest(texts: dict, place) -> str:
+        return min((abs(x - place[0]) + 9 * abs(y - place[1]), text) for (x, y), text in texts.items())[1]
+
+    found = []
+    for arrow in (patch for patch in ax.patches if isinstance(patch, FancyArrowPatch)):
+        start, end = arrow._posA_posB
+        there = start[0] < 5
+        asked = nearest(work, end if there else start)
+        experts = frozenset(int(part.split()[-1]) for part in asked.split(": ")[1].split(", "))
+        found.append((nearest(tokens, start if there else end), asked[0], experts))
+    return found
+
+
+def test_arrows_lead_from_a_token_to_its_experts_and_back_to_it():
+    expected = expected_messages()
+    drawn = drawn_messages(viz.message_drawing(loose_inboxes(), LOOSE_SIZES, PLACED, list("abcdef")))
+    assert len(drawn) == 2 * len(expected)
+    assert set(drawn) == {(token, token, experts) for token, _, _, experts in expected}
+
+
+def test_a_message_that_is_missing_would_be_seen():
+    some = loose_inboxes()
+    some[0] = type(some[0])(*(part[:0] for part in vars(some[0]).values()))
+    drawn = drawn_messages(viz.message_drawing(some, LOOSE_SIZES, PLACED, list("abcdef")))
+    assert len(drawn) < 2 * len(expected_messages())
+
+
 def test_a_drawing_needs_all_devices():
     got, placement = inboxes()
     with pytest.raises(ValueError, match="there are 3 devices, 2 inboxes and 3 sizes"):
@@ -88,6 +149,11 @@ def test_chance_reach_equals_going_through_all_sets(experts, devices, k):
     assert devices == 1 or abs(with_repetition - np.mean(reached)) > 0.01  # a planted bug would be seen
 
 
+def test_chance_needs_experts_that_split_evenly():
+    with pytest.raises(ValueError, match="n_experts=10 is not a multiple of devices=4"):
+        viz.chance_reach(10, 4, 2)
+
+
 def test_reach_bars_show_shares_and_how_many_are_within_the_limit():
     reach = torch.tensor([1, 2, 2, 3, 4])
     np.testing.assert_allclose(viz.reach_shares(reach, 4), [0.2, 0.4, 0.2, 0.2])
@@ -100,8 +166,8 @@ def test_reach_bars_show_shares_and_how_many_are_within_the_limit():
     assert not overlaps(figure, texts_of(figure)) and not outside(figure)
 
 
-def test_limit_curves_are_in_kib():
-    figure = viz.limit_curves({"some": {1: 0.5, 2: 1.5, 4: 2.0}}, per_device=2048)
+def test_limit_curves_are_in_kb():
+    figure = viz.limit_curves({"some": {1: 0.5, 2: 1.5, 4: 2.0}}, per_device=2000)
     (ax,) = figure.axes
     bound, curve = ax.lines
     assert list(curve.get_ydata()) == [1.0, 3.0, 4.0] and list(curve.get_xdata()) == [1, 2, 4]
@@ -157,6 +223,25 @@ def test_limit_outcomes_are_differences_within_a_seed():
     assert min(t.get_fontsize() for t in texts) >= SMALL
 
 
+def made_up() -> dict:
+    base, more = {0: 2.0, 1: 2.5}, {1: (0.25, 0.5), 3: (-0.125, 0.0), 8: (0, 0)}
+    return {
+        "models": {f"M = {m}": {"topk_group": m} for m in more},
+        "runs": [
+            {"name": f"M = {m}", "seed": seed, "val_nats_per_byte": base[seed] + more[m][seed]}
+            for seed in (1, 0)
+            for m in more
+        ],
+    }
+
+
+def test_a_run_that_is_missing_is_named():
+    some = made_up()
+    some["runs"] = some["runs"][1:]
+    with pytest.raises(ValueError, match="M = 1 has no run of seed 1"):
+        viz.limit_outcomes(some)
+
+
 def test_what_the_chapter_says_of_the_stored_runs():
     loss = {(run["name"], run["seed"]): run["val_nats_per_byte"] for run in STORED["runs"]}
     cost = {m: [loss[f"M = {m}", s] - loss["M = 8", s] for s in range(3)] for m in (1, 2, 3, 4)}
@@ -210,7 +295,7 @@ def test_the_widget_moves_and_says_what_it_shows():
         f"{int(rows.sum()):,} hidden states are sent" in said and "receives 31% of them (even: 12%)" in said
     )
     bars = [bar.get_width() for bar in explorer.figure.axes[1].patches]
-    assert bars == pytest.approx((rows.sum(dim=0) * HIDDEN_BYTES / 2**20).tolist())
+    assert bars == pytest.approx((rows.sum(dim=0) * HIDDEN_BYTES / 1e6).tolist())
     assert max(bars) < explorer.figure.axes[1].get_xlim()[1]
     with pytest.raises(ValueError, match="placement='x'"):
         viz.traffic_explorer(placement="x")
@@ -222,4 +307,28 @@ def test_no_bar_leaves_the_widget_s_scale():
         for devices in (2, 3, 4, 6, 8)
         for placement in PLACEMENTS
     )
-    assert most * HIDDEN_BYTES / 2**20 < 40
+    assert most * HIDDEN_BYTES / 1e6 < 43
+
+
+def test_links_and_bars_are_the_traffic():
+    rows = torch.tensor([[0, 30, 10], [5, 0, 0], [20, 40, 0]])
+    figure = viz.traffic_figure(rows)
+    ring, bars = figure.axes
+    widths = [bar.get_width() for bar in bars.patches]
+    np.testing.assert_allclose(widths, np.array([25, 70, 10]) * HIDDEN_BYTES / 1e6)
+    links = {link.get_label(): link for link in ring.patches if isinstance(link, FancyArrowPatch)}
+    assert set(links) == {f"{a} to {b}" for a, b in rows.nonzero().tolist()}
+    thick = {name: link.get_arrowstyle().tail_width for name, link in links.items()}
+    for name, width in thick.items():
+        a, b = map(int, name.split(" to "))
+        assert width / thick["2 to 1"] == pytest.approx(float(rows[a, b]) / 40)
+    text = viz.traffic_text(rows)
+    assert "105 hidden states are sent" in text and "busiest device, 1, receives 67% of them" in text
+
+
+@pytest.mark.parametrize(("devices", "limit"), list(itertools.product((2, 4, 8), (1, 8))))
+def test_the_widget_can_be_read(devices, limit):
+    figure = viz.traffic_explorer(devices=devices, k=8, limit=limit).figure
+    texts = texts_of(figure)
+    assert not overlaps(figure, texts) and not outside(figure)
+    assert min(t.get_fontsize() for t in texts) >= SMALL

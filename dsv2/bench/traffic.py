@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,9 @@ class Layer:
     def __post_init__(self):
         if not 1 <= self.devices <= 8:
             raise ValueError(f"processes={self.devices} must be 1 to 8: each is a Python of its own")
+        for name in ("tokens", "experts", "hidden", "width", "k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.experts % self.devices:
             raise ValueError(f"experts={self.experts} must be a multiple of processes={self.devices}")
         most = self.devices if self.limit is None else self.limit
@@ -141,7 +145,7 @@ def measure_traffic(processes: int = 4, timeout: float = 120.0, **sizes: Any) ->
             "CUDA_VISIBLE_DEVICES": "",
         }
         try:
-            ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+            ran = run_to_its_end(command, timeout, environment)
         except subprocess.TimeoutExpired:
             raise RuntimeError(
                 f"{processes} processes did not end within timeout={timeout:g} seconds; give them longer, or "
@@ -160,6 +164,37 @@ def measure_traffic(processes: int = 4, timeout: float = 120.0, **sizes: Any) ->
         "fake": {kind: devices.traffic.bytes(kind).tolist() for kind in KINDS},
         "differences": found["differences"],
     }
+
+
+def run_to_its_end(
+    command: Sequence[str], timeout: float, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` that, out of time, also ends what its process has started."""
+    own_group = {"start_new_session": True} if os.name == "posix" else {}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, **pipes, **own_group) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:  # also a reader who interrupts the cell
+            stop(process)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def stop(process: subprocess.Popen[str], patience: float = 5.0) -> None:
+    """Ask a process to end, which torchrun passes on to its workers; then end its whole group."""
+    process.terminate()
+    try:
+        process.communicate(timeout=patience)
+    except subprocess.TimeoutExpired:
+        pass
+    if os.name == "posix":
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # nothing of it is left
+            pass
+    else:
+        process.kill()
 
 
 def table(report: dict[str, Any]) -> str:

@@ -159,11 +159,12 @@ def diagnose(
     """The mistake whose outcomes are these in every case, or else the only one that explains each wrong case.
 
     An answer may be half mended, or write a mistake so that some case hides it: where it is right, nothing
-    needs an explanation. None if no mistake does, or several do. expected: the right outcomes, if known.
+    needs an explanation. One with two mistakes gets the only one that explains its first wrong case, which is
+    the one that is shown. None if no mistake does, or several do. expected: the right outcomes, if known.
     """
     expected = right_outcomes(exercise) if expected is None else expected
     wrong = [not alike(exercise, *pair) for pair in zip(outcomes, expected, strict=True)]
-    explain = []
+    explain, begin = [], []
     for mistake in exercise.mistakes:
         same = [
             alike(exercise, outcome, attempt(exercise, mistake.answer, case.arguments()))
@@ -173,7 +174,10 @@ def diagnose(
             return mistake
         if any(wrong) and all(s for s, w in zip(same, wrong) if w):
             explain.append(mistake)
-    return explain[0] if len(explain) == 1 else None
+        if any(wrong) and same[wrong.index(True)]:
+            begin.append(mistake)
+    found = explain or begin
+    return found[0] if len(found) == 1 else None
 
 
 def alike(exercise: Exercise, one: Outcome, other: Outcome) -> bool:

@@ -10,7 +10,7 @@ import argparse
 import base64
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,24 @@ def execute(path: Path, seconds_per_cell: int = 300) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.metadata.pop("execution", None)
-            cell.outputs = [kept for output in cell.outputs for kept in without_widget(output, widgets)]
+            cell.outputs = joined(kept for output in cell.outputs for kept in without_widget(output, widgets))
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
     return notebook
+
+
+def joined(outputs: Iterable[Any]) -> list[Any]:
+    """The outputs, neighbours of one stream as one: a kernel sends text in pieces, as its clock has it."""
+    found: list[Any] = []
+    for output in outputs:
+        before = found[-1] if found else {}
+        if output.output_type == "stream" == before.get("output_type") and output.name == before.name:
+            before.text += output.text
+        else:
+            found.append(output)
+    return found
 
 
 def without_widget(output: Any, widgets: dict[str, Any]) -> Iterator[Any]:

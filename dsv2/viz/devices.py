@@ -140,7 +140,14 @@ def _say(ax: Axes, x: float, y: float, text: str, colour: str = INK, weight: str
 
 
 def chance_reach(n_experts: int, devices: int, k: int) -> float:
-    """Devices reached by k different experts, every set of k equally likely: the mean."""
+    """Devices reached by k different experts, every set of k equally likely: the mean.
+
+    Raises ValueError where experts do not split evenly.
+    """
+    if n_experts % devices:
+        raise ValueError(
+            f"experts must split evenly: n_experts={n_experts} is not a multiple of devices={devices}"
+        )
     others = n_experts - n_experts // devices
     return devices * (1 - math.comb(others, k) / math.comb(n_experts, k))
 
@@ -186,7 +193,7 @@ def limit_curves(means: Mapping[str, Mapping[int, float]], per_device: float) ->
         raise ValueError("means is empty")
     ax = new_axes(None, 10.0, 4.6, left=1.25, right=2.7, bottom=0.8, top=0.3)
     most = max(max(curve) for curve in means.values())
-    scale = 1024
+    scale = 1000
     ax.plot(
         [1, most],
         [per_device / scale, most * per_device / scale],
@@ -202,12 +209,12 @@ def limit_curves(means: Mapping[str, Mapping[int, float]], per_device: float) ->
     style.measured_lines(ax, list(next(iter(means.values()))), named, markersize=9, gap=10)
     ax.set_xticks(range(1, most + 1))
     ax.set_ylim(0, None)
-    label(ax, "M: devices that a token may be sent to", "KiB sent for a token and layer")
+    label(ax, "M: devices that a token may be sent to", "KB sent for a token and layer")
     said = "; ".join(
         f"{name}: " + ", ".join(f"M = {m} {v * per_device / scale:.1f}" for m, v in curve.items())
         for name, curve in means.items()
     )
-    return finish(ax, f"KiB sent for a token. {said}.")
+    return finish(ax, f"KB sent for a token. {said}.")
 
 
 # ------------------------------------------------------------------------------------------- the bytes
@@ -269,6 +276,9 @@ def limit_outcomes(stored: Mapping[str, Any]) -> Figure:
     for run in stored["runs"]:
         m = stored["models"][run["name"]]["topk_group"]
         runs.setdefault(m, {})[run["seed"]] = run["val_nats_per_byte"]
+    for m, seed in ((m, seed) for m in runs for seed in set().union(*runs.values())):
+        if seed not in runs[m]:
+            raise ValueError(f"M = {m} has no run of seed {seed}: losses are compared within a seed")
     free = max(runs)
     figure = new_figure(10.4, 4.3)
     panels = figure.subplots(1, 2)
@@ -375,12 +385,13 @@ def traffic_figure(rows: Int[Tensor, "G G"]) -> Figure:
 
     rows: hidden states from each device, down, to each, across. Bytes are those of DeepSeek-V2's.
     """
-    table = rows.numpy() * HIDDEN_BYTES / 2**20
+    table = rows.numpy() * HIDDEN_BYTES / 1e6
     devices = len(table)
     figure = new_figure(10.6, 5.6)
     ring, bars = figure.subplots(1, 2, gridspec_kw={"width_ratios": (1.25, 1)})
     margins(figure, left=0.15, right=0.3, bottom=0.8, top=0.5, wspace=0.22)
     ring.set_axis_off()
+    ring.set(xticks=[], yticks=[])
     ring.set_aspect("equal")
     ring.set_xlim(-1.35, 1.35)
     ring.set_ylim(-1.3, 1.3)
@@ -388,15 +399,17 @@ def traffic_figure(rows: Int[Tensor, "G G"]) -> Figure:
     places = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     received = table.sum(axis=0)
     busiest = int(received.argmax())
-    widest = EXPLORED_TOKENS * HIDDEN_BYTES / 2**20 / devices  # every token of one device to another
+    widest = EXPLORED_TOKENS * HIDDEN_BYTES / 1e6 / devices  # every token of one device to another
     for a in range(devices):
         for b in range(devices):
             if a != b and table[a, b]:
+                width = 11 * table[a, b] / widest
+                head = f"simple,tail_width={width},head_width={width + 7},head_length={0.5 * width + 6}"
                 ring.add_patch(
                     FancyArrowPatch(
-                        places[a], places[b], connectionstyle="arc3,rad=0.12", arrowstyle="-|>",
-                        mutation_scale=9, shrinkA=21, shrinkB=23, linewidth=11 * table[a, b] / widest,
-                        color=style.ACTIVE if b == busiest else style.CACHED, alpha=0.55,
+                        places[a], places[b], connectionstyle="arc3,rad=0.12", arrowstyle=head,
+                        mutation_scale=1, shrinkA=21, shrinkB=21, linewidth=0, alpha=0.55,
+                        color=style.ACTIVE if b == busiest else style.CACHED, label=f"{a} to {b}",
                     )
                 )  # fmt: skip
     for device, (x, y) in enumerate(places):
@@ -410,9 +423,9 @@ def traffic_figure(rows: Int[Tensor, "G G"]) -> Figure:
     bars.plot([received.mean()] * 2, [-0.5, devices - 0.5], color=INK, linewidth=2.5, linestyle=(0, (4, 2)))
     bars.set_ylim(devices - 0.5, -0.5)
     bars.set_yticks(range(devices))
-    bars.set_xlim(0, 40)
+    bars.set_xlim(0, 44)
     bars.tick_params(axis="y", length=0)
-    label(bars, "MiB received (dashed: mean)", "device", " ")
+    label(bars, "MB received (dashed: mean)", "device", " ")
     return finish(figure, traffic_text(rows))
 
 

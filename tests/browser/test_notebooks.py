@@ -1,27 +1,8 @@
-"""Every notebook, in JupyterLab as a reader opens it: all cells run and every widget is drawn."""
+"""What the browser tests would see: errors in cells and on the page, widgets that answer."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import nbformat
-import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-FILES = (path.relative_to(ROOT) for path in (ROOT / "notebooks").glob("**/*.ipynb"))
-NOTEBOOKS = sorted(path.as_posix() for path in FILES if ".ipynb_checkpoints" not in path.parts)
-
-
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_notebook_runs_without_an_error(open_notebook, name):
-    with open_notebook(name) as notebook:
-        notebook.run_all()
-        assert notebook.cell_errors == []
-        assert notebook.page_errors == []
-        unrun = [
-            cell for cell in notebook.cells() if cell["cell_type"] == "code" and not cell["execution_count"]
-        ]
-        assert [cell["source"] for cell in unrun if "".join(cell["source"]).strip()] == []
 
 
 def write_notebook(lab, name: str, sources: list[str]) -> str:

@@ -464,13 +464,26 @@ def from_masked(scores: Tensor, k: int, n_group: int, topk_group: int) -> Routin
     return Routing(made.expert_ids, again.gather(-1, made.expert_ids), scores)
 
 
-def choice_case(
-    seed: int, batch: int, tokens: int, sizes: tuple[int, int, int, int], sharp: float = 1.5
-) -> dict[str, Any]:
+def choice_case(seed: int, batch: int, tokens: int, sizes: tuple[int, int, int, int]) -> dict[str, Any]:
     """sizes: experts, k, devices, most devices."""
     experts, k, n_group, topk_group = sizes
-    scores = normal(seed, batch, tokens, experts, scale=sharp).softmax(dim=-1)
+    scores = normal(seed, batch, tokens, experts, scale=1.5).softmax(dim=-1)
     return {"scores": scores, "k": k, "n_group": n_group, "topk_group": topk_group}
+
+
+def underflow_case(seed: int, tokens: int) -> dict[str, Any]:
+    """5 devices with 3 experts each, of which a token takes the 3 on its best device: one has affinity 0.
+
+    No more than one, so that there is a single right answer: the order of equal affinities is anybody's.
+    """
+    random = torch.Generator().manual_seed(seed)
+    scores = 0.1 + 0.1 * torch.rand(tokens, 5, 3, generator=random)
+    token = torch.arange(tokens)
+    best = 0.5 + torch.rand(tokens, 3, generator=random)
+    best[token, token % 3] = 0.0
+    scores[token, 2 * token % 5] = best
+    scores = scores.flatten(1)[None]
+    return {"scores": scores / scores.sum(dim=-1, keepdim=True), "k": 3, "n_group": 5, "topk_group": 1}
 
 
 DEVICE_LIMITED_TOP_K = Exercise(
@@ -491,8 +504,8 @@ DEVICE_LIMITED_TOP_K = Exercise(
             lambda: choice_case(32, 3, 5, (8, 5, 4, 3)),
         ),
         Case(
-            "1 sequence of 6 tokens, 12 experts on 3 devices, 3 a token on one; most affinities are 0",
-            lambda: choice_case(33, 1, 6, (12, 3, 3, 1), 150.0),
+            "1 sequence of 6 tokens, 15 experts on 5 devices, 3 a token on one, where one affinity is 0",
+            lambda: underflow_case(33, 6),
         ),
     ),
     mistakes=(

@@ -106,6 +106,12 @@ EXPERT_FREQUENCIES = Exercise(
             frequencies(lambda ids, n: 1 / n),
         ),
         Mistake(
+            "K and E changed places",
+            "K and E have changed places. There are K T choices for E experts, so that the fair share is "
+            "K T / E, and f_i is the count divided by it.",
+            frequencies(lambda ids, n: (ids.shape[-1] / n) ** 2),
+        ),
+        Mistake(
             "K choices counted, one expected",
             "A token makes K choices, and this divides by the number of tokens alone. f_i is then K at "
             "perfect balance, and the loss depends on how many experts a token gets.",
@@ -194,9 +200,9 @@ def with_slope(answer: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     with torch.enable_grad():
         scores = arguments["scores"].clone().requires_grad_()
         loss = answer(**{**arguments, "scores": scores})
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            return loss
         slope = torch.zeros_like(scores)
+        if not isinstance(loss, Tensor):
+            return {"the loss": loss, "the gradient by the scores": slope}
         if loss.requires_grad:
             (found,) = torch.autograd.grad(loss.sum(), scores, allow_unused=True)
             slope = slope if found is None else found
@@ -247,6 +253,12 @@ def by_expert(
 def chosen_only(scores: Tensor, expert_ids: Tensor) -> Tensor:
     """The affinities of the chosen experts; 0 for the others."""
     return torch.zeros_like(scores).scatter(-1, expert_ids, scores.gather(-1, expert_ids))
+
+
+def affinities_over_the_batch(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """P with the real tokens of all sequences for T."""
+    real = torch.ones(scores.shape[:2]) if mask is None else mask.float()
+    return (scores * real[..., None]).sum(dim=1) / real.sum()
 
 
 def all_together(answer: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -320,8 +332,8 @@ EXPERT_BALANCE_LOSS = Exercise(
         ),
         Mistake(
             "whole batch as one sequence",
-            "f and P were taken over the whole batch. Two sequences with opposite favourites would then cost "
-            "nothing: the equations hold for each sequence, and the mean comes last.",
+            "f or P was taken over the whole batch. Two sequences with opposite favourites would then look "
+            "balanced: the equations hold for each sequence, and the mean comes last.",
             all_together(balance.expert_balance_loss),
         ),
         Mistake(
@@ -376,10 +388,29 @@ EXPERT_BALANCE_LOSS = Exercise(
             "f leaves padding out and P does not. Both are over the T real tokens of a sequence.",
             by_expert(p=lambda scores, ids, mask: scores.mean(dim=1)),
         ),
+        Mistake(
+            "padding in the T of P",
+            "The affinities of padding are left out of P, but it still lengthens T. P is the sum divided by "
+            "the number of real tokens.",
+            by_expert(
+                p=lambda scores, ids, mask: (scores if mask is None else scores * mask[..., None]).mean(1)
+            ),
+        ),
+        Mistake(
+            "the batch's tokens in P",
+            "P was divided by the number of tokens of the whole batch. T is the length of one sequence: of a "
+            "mask, the sum over its last axis.",
+            by_expert(p=lambda scores, ids, mask: affinities_over_the_batch(scores, mask)),
+        ),
+        Mistake(
+            "one loss for each sequence",
+            "These are the losses of the single sequences. Asked for is one number, their mean.",
+            by_expert(join=lambda f, p, alpha: alpha * (f * p).sum(dim=-1)),
+        ),
     ),
     hints=(
-        "An expert has f = 3 and another f = 0.2. If a router moves a little affinity from the first to the "
-        "second, by how much does the sum of f_i P_i fall? Through which of the two factors did it know?",
+        "An expert has f = 3 and another f = 0.2. A router moves 0.01 of P from the first to the second. By "
+        "how much does the sum of f_i P_i fall? Which of the two factors told it where to take it from?",
         'The notebook\'s section "The expert loss" computes f with 08.1 and P as a mean over the tokens. '
         "Multiply, sum over the experts, then take the mean over the sequences, and mind the mask in P as "
         "in f.",
@@ -504,6 +535,11 @@ DEVICE_BALANCE_LOSS = Exercise(
             by_device(join=lambda f, p, alpha: alpha * (f * p).sum()),
         ),
         Mistake(
+            "one loss for each sequence",
+            "These are the losses of the single sequences. Asked for is one number, their mean.",
+            by_device(join=lambda f, p, alpha: alpha * (f * p).sum(dim=-1)),
+        ),
+        Mistake(
             "whole batch as one sequence",
             "f and P were taken over the whole batch. The equations hold for each sequence, and the mean "
             "comes last.",
@@ -530,7 +566,7 @@ DEVICE_BALANCE_LOSS = Exercise(
     ),
     hints=(
         "A device with 20 experts gets an eighth of all choices, and there are 8 devices. What are the mean "
-        "and the sum of its experts' f_i? Which of the two stays 1 with 40 experts on 4 devices?",
+        "and the sum of its experts' f_i? Which of the two is the same with 40 experts on each?",
         'The notebook\'s section "The device loss": the f and P of 08.2, joined device by device. '
         "x.unflatten(-1, (n_group, -1)) turns (batch, experts) into (batch, devices, experts on each).",
         "f, P as in 08.2                                          (batch, experts)\n"
@@ -657,6 +693,12 @@ DEVICE_REACH = Exercise(
             reached(home=lambda ids, experts, devices: ids % devices),
         ),
         Mistake(
+            "blocks of D",
+            "The experts were cut into blocks of D, not into D blocks. The device of expert i is i divided "
+            "by the number of experts on each, E / D, rounded down.",
+            reached(home=lambda ids, experts, devices: ids // devices),
+        ),
+        Mistake(
             "best device only",
             "Only the device of each token's first choice was counted. The other choices may live elsewhere, "
             "and the token is sent there as well.",
@@ -714,8 +756,10 @@ def drop_case(
     mask: Tensor | None = None,
 ) -> dict[str, Any]:
     experts, k, devices, most = sizes
+    made = routing(seed, batch, tokens, experts, k, devices, most)
+    made.weights = made.weights / made.weights.sum(dim=-1, keepdim=True)  # as with cfg.norm_topk_prob
     return {
-        "routing": routing(seed, batch, tokens, experts, k, devices, most),
+        "routing": made,
         "n_group": devices,
         "capacity_factor": capacity_factor,
         "exempt": None if exempt is None else torch.tensor(exempt),
@@ -788,7 +832,7 @@ DROP_TOKENS = Exercise(
     cases=(
         Case(
             "2 sequences of 7 tokens, 12 experts on 3 devices, 4 a token, budget: the average",
-            lambda: drop_case(13, 2, 7, (12, 4, 3, 2)),
+            lambda: drop_case(18, 2, 7, (12, 4, 3, 2)),
         ),
         Case(
             "5 sequences of 6 tokens, of which the second is exempt; 10 experts on 5 devices, 3 a token, "
@@ -882,6 +926,18 @@ DROP_TOKENS = Exercise(
             "The exempt sequences were kept on top of the budget. They are computed like the rest; what they "
             "take of it the others cannot have.",
             lambda *a, **b: drop(*a, **b, exempt_outside=True),
+        ),
+        Mistake(
+            "weights for affinities",
+            "The pairs were ranked by `routing.weights`. A router may have changed those (here they add up "
+            "to 1 for each token); the affinities are in `routing.scores`.",
+            lambda routing, *a, **b: drop(routing, *a, **b, affinity=lambda affinity: routing.weights),
+        ),
+        Mistake(
+            "the plain budget alone",
+            "This is right for a capacity factor of 1 with nothing exempt and no padding. `capacity_factor`, "
+            "`exempt` and `mask` are not used yet; take them one at a time.",
+            lambda routing, n_group, capacity_factor=1.0, exempt=None, mask=None: drop(routing, n_group),
         ),
         Mistake(
             "capacity factor not used",
@@ -989,6 +1045,12 @@ COMMUNICATION_BALANCE_LOSS = Exercise(
             "Which device is crowded is counted as if experts were dealt out like cards, but P'' is that of "
             "blocks of neighbours. The price of one device's crowd is then put on another.",
             communication(reach=reached(home=lambda ids, experts, devices: ids % devices)),
+        ),
+        Mistake(
+            "blocks of D",
+            "Which device is crowded is now counted in blocks of D experts, but P'' is that of D blocks of "
+            "E / D experts each.",
+            communication(reach=reached(home=lambda ids, experts, devices: ids // devices)),
         ),
         Mistake(
             "pairs instead of tokens",
