@@ -1,7 +1,7 @@
 """Chapter 08: losses that keep experts, devices and links busy, and dropping what does not fit.
 
 Six exercises: count how often an expert is chosen, put a price on popular experts, on busy devices, count
-how many tokens a device receives, drop pairs to a budget, and a communication loss that has a bug.
+how many tokens a device receives, a communication loss that has a bug, and dropping pairs to a budget.
 
     python3 course.py check 08        all of this chapter
     python3 course.py check 08.1      one exercise
@@ -130,41 +130,9 @@ def device_reach(
     raise NotImplementedError("exercise 08.4: write this, then run: python3 course.py check 08.4")
 
 
-# exercise 08.5: dropping to a budget (difficulty 3 of 3, about 30 minutes)
+# exercise 08.5: a price on crowded links (a bug hunt, difficulty 2 of 3, about 15 minutes)
 # check: python3 course.py check 08.5     in a notebook: check("08.5")
 # hint:  python3 course.py hint 08.5      in a notebook: hint("08.5")
-def drop_tokens(
-    routing: Routing,
-    n_group: int,
-    capacity_factor: float = 1.0,
-    exempt: Bool[Tensor, " batch"] | None = None,
-    mask: Bool[Tensor, "batch tokens"] | None = None,
-) -> Bool[Tensor, "batch tokens k"]:
-    """Which pairs of token and expert stay when no device computes more than its budget.
-
-    A device's budget is capacity_factor times the average, (real pairs of the batch) / n_group, rounded down
-    (DeepSeek-V2, section 2.2.4). On a device over its budget, the pairs with the lowest affinity are
-    dropped. exempt: True for sequences of which nothing is ever dropped; their pairs take their room out of
-    the same budget first, and stay even if they alone are more than the budget. mask: True at real tokens;
-    padding takes no room and comes out False.
-
-    routing.expert_ids and routing.weights: (batch, tokens, k); routing.scores: the affinities (batch, tokens,
-    experts), from which the chosen experts' are to be taken. Experts lie on devices in blocks of neighbours.
-
-    4 tokens choose 1 of 2 experts, each on a device of its own: three the first, with affinities 0.9, 0.6
-    and 0.7. The budget is 2, and the pair with 0.6 goes.
-
-    >>> scores = torch.tensor([[[0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.2, 0.8]]])
-    >>> weights, expert_ids = scores.topk(1)
-    >>> drop_tokens(Routing(expert_ids, weights, scores), n_group=2).flatten()
-    tensor([ True, False,  True,  True])
-    """
-    raise NotImplementedError("exercise 08.5: write this, then run: python3 course.py check 08.5")
-
-
-# exercise 08.6: a price on crowded links (a bug hunt, difficulty 2 of 3, about 15 minutes)
-# check: python3 course.py check 08.6     in a notebook: check("08.6")
-# hint:  python3 course.py hint 08.6      in a notebook: hint("08.6")
 def communication_balance_loss(
     scores: Float[Tensor, "batch tokens experts"],
     expert_ids: Int[Tensor, "batch tokens k"],
@@ -201,4 +169,36 @@ def communication_balance_loss(
     p = p.unflatten(-1, (n_group, -1)).sum(dim=-1)
     return alpha * (f * p).sum(dim=-1).mean()
 
-# stub 057e96: file d39102, 08.1 dbc45e, 08.2 3e6080, 08.3 ed2f52, 08.4 165b25, 08.5 41a876, 08.6 712cf8
+
+# exercise 08.6: dropping to a budget (difficulty 3 of 3, about 30 minutes)
+# check: python3 course.py check 08.6     in a notebook: check("08.6")
+# hint:  python3 course.py hint 08.6      in a notebook: hint("08.6")
+def drop_tokens(
+    routing: Routing,
+    n_group: int,
+    capacity_factor: float = 1.0,
+    exempt: Bool[Tensor, " batch"] | None = None,
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+) -> Bool[Tensor, "batch tokens k"]:
+    """Which pairs of token and expert stay when no device computes more than its budget.
+
+    A device's budget is capacity_factor times the average, (real pairs of the batch) / n_group, rounded down
+    (DeepSeek-V2, section 2.2.4). On a device over its budget, the pairs with the lowest affinity are
+    dropped. exempt: True for sequences of which nothing is ever dropped; their pairs take their room out of
+    the same budget first, and stay even if they alone are more than the budget. mask: True at real tokens;
+    padding takes no room and comes out False.
+
+    routing.expert_ids and routing.weights: (batch, tokens, k); routing.scores: the affinities (batch, tokens,
+    experts), from which the chosen experts' are to be taken. Experts lie on devices in blocks of neighbours.
+
+    4 tokens choose 1 of 2 experts, each on a device of its own: three the first, with affinities 0.9, 0.6
+    and 0.7. The budget is 2, and the pair with 0.6 goes.
+
+    >>> scores = torch.tensor([[[0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.2, 0.8]]])
+    >>> weights, expert_ids = scores.topk(1)
+    >>> drop_tokens(Routing(expert_ids, weights, scores), n_group=2).flatten()
+    tensor([ True, False,  True,  True])
+    """
+    raise NotImplementedError("exercise 08.6: write this, then run: python3 course.py check 08.6")
+
+# stub b40332: file 591160, 08.1 dbc45e, 08.2 3e6080, 08.3 ed2f52, 08.4 165b25, 08.5 37beee, 08.6 908d7e

@@ -1,7 +1,7 @@
 """Chapter 08: losses that keep experts, devices and links busy, and dropping what does not fit.
 
 Six exercises: count how often an expert is chosen, put a price on popular experts, on busy devices, count
-how many tokens a device receives, drop pairs to a budget, and a communication loss that has a bug.
+how many tokens a device receives, a communication loss that has a bug, and dropping pairs to a budget.
 
     python3 course.py check 08        all of this chapter
     python3 course.py check 08.1      one exercise
@@ -161,55 +161,6 @@ def device_reach(
 
 
 # exercise 08.5
-def drop_tokens(
-    routing: Routing,
-    n_group: int,
-    capacity_factor: float = 1.0,
-    exempt: Bool[Tensor, " batch"] | None = None,
-    mask: Bool[Tensor, "batch tokens"] | None = None,
-) -> Bool[Tensor, "batch tokens k"]:
-    """Which pairs of token and expert stay when no device computes more than its budget.
-
-    A device's budget is capacity_factor times the average, (real pairs of the batch) / n_group, rounded down
-    (DeepSeek-V2, section 2.2.4). On a device over its budget, the pairs with the lowest affinity are
-    dropped. exempt: True for sequences of which nothing is ever dropped; their pairs take their room out of
-    the same budget first, and stay even if they alone are more than the budget. mask: True at real tokens;
-    padding takes no room and comes out False.
-
-    routing.expert_ids and routing.weights: (batch, tokens, k); routing.scores: the affinities (batch, tokens,
-    experts), from which the chosen experts' are to be taken. Experts lie on devices in blocks of neighbours.
-
-    4 tokens choose 1 of 2 experts, each on a device of its own: three the first, with affinities 0.9, 0.6
-    and 0.7. The budget is 2, and the pair with 0.6 goes.
-
-    >>> scores = torch.tensor([[[0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.2, 0.8]]])
-    >>> weights, expert_ids = scores.topk(1)
-    >>> drop_tokens(Routing(expert_ids, weights, scores), n_group=2).flatten()
-    tensor([ True, False,  True,  True])
-    """
-    # <solution>
-    ids = routing.expert_ids
-    real = torch.ones(ids.shape[:2], dtype=torch.bool) if mask is None else mask
-    real = real[..., None].expand_as(ids)
-    budget = int(capacity_factor * int(real.sum()) / n_group)
-    affinity = routing.scores.gather(-1, ids)
-    if exempt is not None:
-        affinity = affinity.masked_fill(exempt[:, None, None], torch.inf)  # first of all
-    affinity = affinity.masked_fill(~real, -torch.inf)  # last of all
-    device_ids = ids // (routing.n_experts // n_group)
-
-    kept = real.clone()
-    for device in range(n_group):
-        here = (device_ids == device) & real
-        # One line of all sequences' pairs on this device, highest affinity first.
-        order = affinity.masked_fill(~here, -torch.inf).flatten().argsort(descending=True)
-        over = order[: int(here.sum())][budget:]
-        kept.view(-1)[over] = affinity.flatten()[over] == torch.inf  # only exempt ones stay beyond it
-    return kept
-    # </solution>
-
-
-# exercise 08.6
 def communication_balance_loss(
     scores: Float[Tensor, "batch tokens experts"],
     expert_ids: Int[Tensor, "batch tokens k"],
@@ -258,4 +209,53 @@ def communication_balance_loss(
     #| p = p.unflatten(-1, (n_group, -1)).sum(dim=-1)
     #| return alpha * (f * p).sum(dim=-1).mean()
     # </given>
+    # </solution>
+
+
+# exercise 08.6
+def drop_tokens(
+    routing: Routing,
+    n_group: int,
+    capacity_factor: float = 1.0,
+    exempt: Bool[Tensor, " batch"] | None = None,
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+) -> Bool[Tensor, "batch tokens k"]:
+    """Which pairs of token and expert stay when no device computes more than its budget.
+
+    A device's budget is capacity_factor times the average, (real pairs of the batch) / n_group, rounded down
+    (DeepSeek-V2, section 2.2.4). On a device over its budget, the pairs with the lowest affinity are
+    dropped. exempt: True for sequences of which nothing is ever dropped; their pairs take their room out of
+    the same budget first, and stay even if they alone are more than the budget. mask: True at real tokens;
+    padding takes no room and comes out False.
+
+    routing.expert_ids and routing.weights: (batch, tokens, k); routing.scores: the affinities (batch, tokens,
+    experts), from which the chosen experts' are to be taken. Experts lie on devices in blocks of neighbours.
+
+    4 tokens choose 1 of 2 experts, each on a device of its own: three the first, with affinities 0.9, 0.6
+    and 0.7. The budget is 2, and the pair with 0.6 goes.
+
+    >>> scores = torch.tensor([[[0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.2, 0.8]]])
+    >>> weights, expert_ids = scores.topk(1)
+    >>> drop_tokens(Routing(expert_ids, weights, scores), n_group=2).flatten()
+    tensor([ True, False,  True,  True])
+    """
+    # <solution>
+    ids = routing.expert_ids
+    real = torch.ones(ids.shape[:2], dtype=torch.bool) if mask is None else mask
+    real = real[..., None].expand_as(ids)
+    budget = int(capacity_factor * int(real.sum()) / n_group)
+    affinity = routing.scores.gather(-1, ids)
+    if exempt is not None:
+        affinity = affinity.masked_fill(exempt[:, None, None], torch.inf)  # first of all
+    affinity = affinity.masked_fill(~real, -torch.inf)  # last of all
+    device_ids = ids // (routing.n_experts // n_group)
+
+    kept = real.clone()
+    for device in range(n_group):
+        here = (device_ids == device) & real
+        # One line of all sequences' pairs on this device, highest affinity first.
+        order = affinity.masked_fill(~here, -torch.inf).flatten().argsort(descending=True)
+        over = order[: int(here.sum())][budget:]
+        kept.view(-1)[over] = affinity.flatten()[over] == torch.inf  # only exempt ones stay beyond it
+    return kept
     # </solution>

@@ -192,7 +192,7 @@ EXPERT_FREQUENCIES = Exercise(
 )
 
 
-# ------------------------------------------------------------ the losses of 08.2, 08.3 and 08.6
+# ------------------------------------------------------------ the losses of 08.2, 08.3 and 08.5
 
 
 def with_slope(answer: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
@@ -743,7 +743,154 @@ DEVICE_REACH = Exercise(
 )
 
 
-# ------------------------------------------------------------ 08.5 dropping
+# ------------------------------------------------------------ 08.5 bug hunt: the communication loss
+
+
+def communication(
+    *,
+    reach: Callable[..., Tensor] = balance.device_reach,
+    p: Callable[[Tensor, Tensor], Tensor] = lambda scores, ids: scores,
+    joined: Callable[[Tensor], Tensor] = lambda p: p.sum(dim=-1),
+    join: Callable[[Tensor, Tensor, float], Tensor] = total,
+) -> Callable[..., Tensor]:
+    """An answer to 08.5: right but for what is given."""
+
+    def answer(scores, expert_ids, alpha, n_group, topk_group, mask=None):
+        f = reach(expert_ids, scores.shape[-1], n_group, topk_group, mask)
+        affinities = balance.mean_affinities(p(scores, expert_ids), mask)
+        return join(f, joined(by_blocks(affinities, n_group)), alpha)
+
+    return answer
+
+
+def shared_out(scores: Tensor, expert_ids: Tensor) -> Tensor:
+    """The chosen experts' affinities, made to add up to 1."""
+    chosen = chosen_only(scores, expert_ids)
+    return chosen / chosen.sum(dim=-1, keepdim=True)
+
+
+COMMUNICATION_BALANCE_LOSS = Exercise(
+    number="08.5",
+    name="communication_balance_loss",
+    title="a price on crowded links",
+    difficulty=2,
+    minutes=15,
+    answer=balance.communication_balance_loss,
+    run=with_slope,
+    cases=(
+        Case(
+            "2 sequences of 7 tokens, 15 experts on 5 devices, 4 a token on at most 2 devices, alpha 0.3",
+            lambda: loss_case(16, 2, 7, (15, 4, 5, 2), 0.3, names=("n_group", "topk_group")),
+        ),
+        Case(
+            "3 sequences of 8 tokens, of which 8, 3 and 5 are real; 8 experts on 4 devices, 5 a token on at "
+            "most 3, alpha 2",
+            lambda: loss_case(
+                17, 3, 8, (8, 5, 4, 3), 2.0, lengths(8, 8, 3, 5), names=("n_group", "topk_group")
+            ),
+        ),
+        Case(
+            "1 sequence of 9 tokens, 12 experts on 6 devices, 3 a token on at most 4, alpha 0.7",
+            lambda: loss_case(18, 1, 9, (12, 3, 6, 4), 0.7, names=("n_group", "topk_group")),
+        ),
+    ),
+    mistakes=(
+        Mistake(
+            "every n-th expert",
+            "Which device is crowded is counted as if experts were dealt out like cards, but P'' is that of "
+            "blocks of neighbours. The price of one device's crowd is then put on another.",
+            communication(reach=reached(home=lambda ids, experts, devices: ids % devices)),
+        ),
+        Mistake(
+            "blocks of D",
+            "Which device is crowded is now counted in blocks of D experts, but P'' is that of D blocks of "
+            "E / D experts each.",
+            communication(reach=reached(home=lambda ids, experts, devices: ids // devices)),
+        ),
+        Mistake(
+            "pairs instead of tokens",
+            "A token counts here once for every expert it has on a device. Its hidden state is sent there "
+            "once; work is what the device loss is for.",
+            communication(reach=reached(sent=lambda pairs: pairs)),
+        ),
+        Mistake(
+            "the device loss",
+            "f'' is measured in choices, as in the device loss. Here the tokens that are sent count, each "
+            "once for a device.",
+            communication(
+                reach=reached(lambda ids, devices, most: devices / ids.shape[-1], sent=lambda pairs: pairs)
+            ),
+        ),
+        Mistake(
+            "divided by K",
+            "Tokens were measured against K T / D. A token is sent to at most M devices, however many "
+            "experts it has there.",
+            communication(reach=reached(lambda ids, devices, most: devices / ids.shape[-1])),
+        ),
+        Mistake(
+            "M left out",
+            "f'' is not divided by M: with every token on M devices the loss would be M alpha at perfect "
+            "balance.",
+            communication(reach=reached(lambda ids, devices, most: devices)),
+        ),
+        Mistake(
+            "P'' averaged",
+            "P'' was averaged over a device's experts. It is their sum: all devices' together are 1.",
+            communication(joined=lambda p: p.mean(dim=-1)),
+        ),
+        Mistake(
+            "P'' of the chosen only",
+            "P'' was taken over the affinities of the chosen experts alone. It is that of all experts of a "
+            "device, chosen or not.",
+            communication(p=chosen_only),
+        ),
+        Mistake(
+            "P'' of the chosen, made to add up to 1",
+            "P'' was taken over the affinities of the chosen experts, divided by their sum. It is that of "
+            "all experts of a device, as they come from the softmax.",
+            communication(p=shared_out),
+        ),
+        Mistake(
+            "no gradient",
+            "The loss is right, and no gradient comes out of it: P'' has to keep its own.",
+            communication(p=lambda scores, ids: scores.detach()),
+        ),
+        Mistake(
+            "mean over the devices",
+            "This is the mean over the devices, not the sum.",
+            communication(join=lambda f, p, alpha: alpha * (f * p).mean()),
+        ),
+        Mistake(
+            "summed over the batch",
+            "The sequences' losses were added up. Their mean is asked for.",
+            communication(join=lambda f, p, alpha: alpha * (f * p).sum()),
+        ),
+        Mistake(
+            "padding counted",
+            "Padding was counted like tokens. Where `mask` is False there is no token.",
+            lambda scores, expert_ids, alpha, n_group, topk_group, mask=None: (
+                balance.communication_balance_loss(scores, expert_ids, alpha, n_group, topk_group)
+            ),
+        ),
+    ),
+    hints=(
+        "Take 4 experts on 2 devices and a token that chose the experts 0 and 1. Follow the code by hand: on "
+        "which devices does it say they live?",
+        "Compare the two places where the code decides which expert lives on which device: the line of "
+        "`device_ids`, and the line of `p`. Do they mean the same layout?",
+        "unflatten(-1, (n_group, -1)) makes blocks of neighbours: experts 0 .. per_device - 1 on device 0\n"
+        "so the device of expert i is i // per_device, with per_device = E / n_group\n"
+        "mend the line of `device_ids`",
+    ),
+    checked="tokens counted once for each device, one layout for f'' and P'', the gradient through P'', and "
+    "padding left out",
+    axes={"the loss": (), "the gradient by the scores": ("sequence", "token", "expert")},
+    replaces=("dsv2.moe.balance.communication_balance_loss",),
+    given="every n-th expert",
+)
+
+
+# ------------------------------------------------------------ 08.6 dropping
 
 
 def drop_case(
@@ -823,7 +970,7 @@ def padding_kept(routing, n_group, capacity_factor=1.0, exempt=None, mask=None):
 
 
 DROP_TOKENS = Exercise(
-    number="08.5",
+    number="08.6",
     name="drop_tokens",
     title="dropping to a budget",
     difficulty=3,
@@ -988,158 +1135,11 @@ DROP_TOKENS = Exercise(
 )
 
 
-# ------------------------------------------------------------ 08.6 bug hunt: the communication loss
-
-
-def communication(
-    *,
-    reach: Callable[..., Tensor] = balance.device_reach,
-    p: Callable[[Tensor, Tensor], Tensor] = lambda scores, ids: scores,
-    joined: Callable[[Tensor], Tensor] = lambda p: p.sum(dim=-1),
-    join: Callable[[Tensor, Tensor, float], Tensor] = total,
-) -> Callable[..., Tensor]:
-    """An answer to 08.6: right but for what is given."""
-
-    def answer(scores, expert_ids, alpha, n_group, topk_group, mask=None):
-        f = reach(expert_ids, scores.shape[-1], n_group, topk_group, mask)
-        affinities = balance.mean_affinities(p(scores, expert_ids), mask)
-        return join(f, joined(by_blocks(affinities, n_group)), alpha)
-
-    return answer
-
-
-def shared_out(scores: Tensor, expert_ids: Tensor) -> Tensor:
-    """The chosen experts' affinities, made to add up to 1."""
-    chosen = chosen_only(scores, expert_ids)
-    return chosen / chosen.sum(dim=-1, keepdim=True)
-
-
-COMMUNICATION_BALANCE_LOSS = Exercise(
-    number="08.6",
-    name="communication_balance_loss",
-    title="a price on crowded links",
-    difficulty=2,
-    minutes=15,
-    answer=balance.communication_balance_loss,
-    run=with_slope,
-    cases=(
-        Case(
-            "2 sequences of 7 tokens, 15 experts on 5 devices, 4 a token on at most 2 devices, alpha 0.3",
-            lambda: loss_case(16, 2, 7, (15, 4, 5, 2), 0.3, names=("n_group", "topk_group")),
-        ),
-        Case(
-            "3 sequences of 8 tokens, of which 8, 3 and 5 are real; 8 experts on 4 devices, 5 a token on at "
-            "most 3, alpha 2",
-            lambda: loss_case(
-                17, 3, 8, (8, 5, 4, 3), 2.0, lengths(8, 8, 3, 5), names=("n_group", "topk_group")
-            ),
-        ),
-        Case(
-            "1 sequence of 9 tokens, 12 experts on 6 devices, 3 a token on at most 4, alpha 0.7",
-            lambda: loss_case(18, 1, 9, (12, 3, 6, 4), 0.7, names=("n_group", "topk_group")),
-        ),
-    ),
-    mistakes=(
-        Mistake(
-            "every n-th expert",
-            "Which device is crowded is counted as if experts were dealt out like cards, but P'' is that of "
-            "blocks of neighbours. The price of one device's crowd is then put on another.",
-            communication(reach=reached(home=lambda ids, experts, devices: ids % devices)),
-        ),
-        Mistake(
-            "blocks of D",
-            "Which device is crowded is now counted in blocks of D experts, but P'' is that of D blocks of "
-            "E / D experts each.",
-            communication(reach=reached(home=lambda ids, experts, devices: ids // devices)),
-        ),
-        Mistake(
-            "pairs instead of tokens",
-            "A token counts here once for every expert it has on a device. Its hidden state is sent there "
-            "once; work is what the device loss is for.",
-            communication(reach=reached(sent=lambda pairs: pairs)),
-        ),
-        Mistake(
-            "the device loss",
-            "f'' is measured in choices, as in the device loss. Here the tokens that are sent count, each "
-            "once for a device.",
-            communication(
-                reach=reached(lambda ids, devices, most: devices / ids.shape[-1], sent=lambda pairs: pairs)
-            ),
-        ),
-        Mistake(
-            "divided by K",
-            "Tokens were measured against K T / D. A token is sent to at most M devices, however many "
-            "experts it has there.",
-            communication(reach=reached(lambda ids, devices, most: devices / ids.shape[-1])),
-        ),
-        Mistake(
-            "M left out",
-            "f'' is not divided by M: with every token on M devices the loss would be M alpha at perfect "
-            "balance.",
-            communication(reach=reached(lambda ids, devices, most: devices)),
-        ),
-        Mistake(
-            "P'' averaged",
-            "P'' was averaged over a device's experts. It is their sum: all devices' together are 1.",
-            communication(joined=lambda p: p.mean(dim=-1)),
-        ),
-        Mistake(
-            "P'' of the chosen only",
-            "P'' was taken over the affinities of the chosen experts alone. It is that of all experts of a "
-            "device, chosen or not.",
-            communication(p=chosen_only),
-        ),
-        Mistake(
-            "P'' of the chosen, made to add up to 1",
-            "P'' was taken over the affinities of the chosen experts, divided by their sum. It is that of "
-            "all experts of a device, as they come from the softmax.",
-            communication(p=shared_out),
-        ),
-        Mistake(
-            "no gradient",
-            "The loss is right, and no gradient comes out of it: P'' has to keep its own.",
-            communication(p=lambda scores, ids: scores.detach()),
-        ),
-        Mistake(
-            "mean over the devices",
-            "This is the mean over the devices, not the sum.",
-            communication(join=lambda f, p, alpha: alpha * (f * p).mean()),
-        ),
-        Mistake(
-            "summed over the batch",
-            "The sequences' losses were added up. Their mean is asked for.",
-            communication(join=lambda f, p, alpha: alpha * (f * p).sum()),
-        ),
-        Mistake(
-            "padding counted",
-            "Padding was counted like tokens. Where `mask` is False there is no token.",
-            lambda scores, expert_ids, alpha, n_group, topk_group, mask=None: (
-                balance.communication_balance_loss(scores, expert_ids, alpha, n_group, topk_group)
-            ),
-        ),
-    ),
-    hints=(
-        "Take 4 experts on 2 devices and a token that chose the experts 0 and 1. Follow the code by hand: on "
-        "which devices does it say they live?",
-        "Compare the two places where the code decides which expert lives on which device: the line of "
-        "`device_ids`, and the line of `p`. Do they mean the same layout?",
-        "unflatten(-1, (n_group, -1)) makes blocks of neighbours: experts 0 .. per_device - 1 on device 0\n"
-        "so the device of expert i is i // per_device, with per_device = E / n_group\n"
-        "mend the line of `device_ids`",
-    ),
-    checked="tokens counted once for each device, one layout for f'' and P'', the gradient through P'', and "
-    "padding left out",
-    axes={"the loss": (), "the gradient by the scores": ("sequence", "token", "expert")},
-    replaces=("dsv2.moe.balance.communication_balance_loss",),
-    given="every n-th expert",
-)
-
-
 EXERCISES: tuple[Exercise, ...] = (
     EXPERT_FREQUENCIES,
     EXPERT_BALANCE_LOSS,
     DEVICE_BALANCE_LOSS,
     DEVICE_REACH,
-    DROP_TOKENS,
     COMMUNICATION_BALANCE_LOSS,
+    DROP_TOKENS,
 )
