@@ -13,6 +13,7 @@ from test_viz import outside, overlaps, texts_of
 
 from dsv2.bench import routers
 from dsv2.config import DSV2Config
+from dsv2.hf import load_pretrained
 from dsv2.moe.routing import Routing
 from dsv2.viz import describe, expert_layouts, router_curves, router_outcomes, routers_side_by_side
 from dsv2.viz import experts as viz
@@ -117,6 +118,38 @@ def test_the_playground_s_controls():
         )
     with pytest.raises(ValueError, match=r"states \(11, 7\).*for 10 texts"):
         viz.routing_playground(states(), TEXTS[1:])
+
+
+def test_what_the_chapter_says_under_the_playground():
+    """With room for other rounding, on the hidden states that the notebook shows."""
+    model = load_pretrained(RUNS.parent / "tiny", dtype=torch.float32)
+    tokens = torch.tensor([model.tokenizer.encode("def area(r): return 3.14 * r ** 2")])
+    seen = []
+    model.layers[1].ffn.register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
+    with torch.no_grad():
+        model(tokens)
+    best, switch, gshard, glam, _, everyone = PLAYED
+
+    def made(router: str, experts: int = 16, k: int = 4, temperature: float = 1.0, capacity: float = 1.25):
+        return play(seen[0], router, experts, k, temperature, capacity)
+
+    cold, hot = made(best, temperature=0.1), made(best, temperature=4.0)
+    assert (cold.expert_ids == hot.expert_ids).all()
+    assert cold.weights[..., 0].mean() == pytest.approx(0.91, abs=0.02)
+    assert hot.weights.sum(dim=-1).mean() == pytest.approx(0.38, abs=0.02)
+    loads = [made(best, 32, k).load() for k in (1, 8)]
+    assert abs(int((loads[0] == 0).sum()) - 13) <= 2 and loads[1].min() > 0
+    assert loads[0].max() >= 3 and loads[1].max() / loads[1].float().mean() < 2
+    tight, loose = (~made(switch, capacity=factor).kept[0, :, 0] for factor in (0.5, 4.0))
+    assert abs(int(tight.sum()) - 18) <= 2 and int(loose.sum()) <= 2
+    assert tight[16:].sum() > 1.5 * tight[:16].sum()
+    assert (made(switch, capacity=1.0).kept == made(switch, capacity=1.25).kept).all()
+    by_chance, certain = (made(router, capacity=4.0) for router in (gshard, glam))
+    assert certain.kept.all() and by_chance.kept[..., 0].all()
+    second, works = by_chance.weights[..., 1], by_chance.kept[..., 1]
+    assert 8 <= int((~works).sum()) <= 18 and second[~works].mean() < second[works].mean() - 0.05
+    lost = [1 - made(everyone, temperature=t).weights[..., :4].sum(dim=-1).mean() for t in (1.0, 0.1)]
+    assert lost[0] == pytest.approx(0.25, abs=0.02) and lost[1] < 0.01
 
 
 # ---------------------------------------------------------------------------------------- side by side

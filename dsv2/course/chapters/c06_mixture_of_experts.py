@@ -285,6 +285,7 @@ def with_slope(answer: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
         "weights": weights.detach(),
         "scores": made.scores.detach(),
         "the gradient of weights by scores": slope,
+        "whether scores carry a gradient": made.scores.requires_grad,
     }
 
 
@@ -397,6 +398,12 @@ TOP_K = Exercise(
             "scores came back with zeros at the experts that were not chosen. The balance losses need all of "
             "them.",
             chosen(keep=only_chosen),
+        ),
+        Mistake(
+            "scores without a gradient",
+            "scores came back without their gradient: the balance losses, which are made from them, would "
+            "move nothing.",
+            chosen(keep=lambda scores, ids: scores.detach()),
         ),
         Mistake(
             "one expert too many",
@@ -559,6 +566,18 @@ WITHIN_CAPACITY = Exercise(
             "k left out of the capacity",
             "The capacity lacks the factor k. A token makes k choices, and the average expert gets k T / E.",
             in_line(choices=lambda k: 1),
+        ),
+        Mistake(
+            "every pair that asks counted as a token",
+            "T was counted over all slots: every choice that asks, and then times k once more. T is a number "
+            "of tokens.",
+            in_line(tokens=lambda asking: int(asking.sum())),
+        ),
+        Mistake(
+            "less room where chance has refused",
+            "The capacity was made from the pairs that ask. A second choice that was refused by chance takes "
+            "no place, and makes no expert smaller: k T counts all choices of the tokens that ask.",
+            in_line(choices=lambda k: 1, tokens=lambda asking: int(asking.sum())),
         ),
         Mistake(
             "rounded up",
@@ -883,6 +902,27 @@ def all_experts_for_all(x, expert_ids, weights, w_gate_up, w_down, kept):
     return out
 
 
+def not_brought_back(x, expert_ids, weights, w_gate_up, w_down, kept):
+    k = expert_ids.shape[1]
+    order = torch.where(kept, expert_ids, len(w_down)).flatten().argsort(stable=True)[: int(kept.sum())]
+    out = torch.zeros_like(x)
+    for row, pair in enumerate(order.tolist()):
+        token, slot = divmod(pair, k)
+        expert = expert_ids[token, slot]
+        result = network(x[token, None], w_gate_up[expert], w_down[expert])[0]
+        out[row // k] += weights[token, slot] * result
+    return out
+
+
+def weights_in_order(x, expert_ids, weights, w_gate_up, w_down, kept):
+    """As `not_brought_back`, but for the results: only the weights stay where they were."""
+    k = expert_ids.shape[1]
+    order = torch.where(kept, expert_ids, len(w_down)).flatten().argsort(stable=True)[: int(kept.sum())]
+    mixed = weights.flatten().clone()
+    mixed[order] = weights.flatten()[: len(order)]
+    return ran()(x, expert_ids, mixed.view(-1, k), w_gate_up, w_down, kept)
+
+
 RUN_EXPERTS = Exercise(
     number="06.6",
     name="run_experts",
@@ -915,6 +955,18 @@ RUN_EXPERTS = Exercise(
             "Experts were computed that nobody chose, and multiplied by zero afterwards. That saves nothing; "
             "in one case such experts are nan, which zero does not take away.",
             all_experts_for_all,
+        ),
+        Mistake(
+            "results not brought back",
+            "The pairs were sorted by expert, and their results added up in that order. Each belongs to the "
+            "token that it was computed for.",
+            not_brought_back,
+        ),
+        Mistake(
+            "weights in the order of the tokens",
+            "The pairs were sorted by expert, their weights were not: results meet the weights of other "
+            "tokens.",
+            weights_in_order,
         ),
         Mistake(
             "weights left out",
