@@ -46,11 +46,27 @@ def test_real_processes_send_the_same_bytes(tmp_path, capsys):
     assert bench(["traffic", *arguments, "--out", str(out)]) == 0
     report = json.loads(out.read_text(encoding="utf-8"))
     assert report["real"] == report["fake"]
-    assert set(report["differences"]) >= {"output", "gradient of x", "gradient of experts"}
+    assert set(report["differences"]) == {"output", "gradient of x", "gradient of weights", *traffic.HELD}
     assert max(report["differences"].values()) < 1e-5  # float32 sums in another order
     assert int(hidden_bytes(report).sum()) > 0
     said = capsys.readouterr().out
     assert said.count("equal for every pair of devices") == len(KINDS) and "DIFFERENT" not in said
+
+
+def test_every_number_is_compared():
+    """The gradients by name are those of the weights, and one wrong number among them is seen."""
+    layer = Layer(3, tokens=6, experts=9, hidden=10, width=4, k=3)
+    found, _ = run_fake(layer)
+    experts, x, ids, weights, slope = layer.make()
+    out = experts(x, ids, weights)
+    right = torch.autograd.grad(out, [experts.w_gate_up, experts.w_down], slope)
+    for name, gradient in zip(traffic.HELD, right):
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+    whole = found["gradient of gate and up projections"]
+    part = whole[[3, 4, 5]].clone()
+    assert traffic.relative_difference(part, whole, [3, 4, 5]) == 0
+    part[1, 2, 3] += 0.5 * whole.abs().max()
+    assert float(traffic.relative_difference(part, whole, [3, 4, 5])) == pytest.approx(0.5)
 
 
 def test_a_difference_is_said_and_is_an_error(monkeypatch, capsys):
@@ -64,6 +80,9 @@ def test_a_difference_is_said_and_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(traffic, "measure_traffic", lambda **_: report)
     assert bench(["traffic"]) == 1
     assert "DIFFERENT" in capsys.readouterr().out
+    for apart, code in ((1e-7, 0), (0.1, 1), (float("nan"), 1)):
+        report |= {"real": fake, "differences": {"output": 0.0, "gradient of x": apart}}
+        assert bench(["traffic"]) == code, apart
 
 
 @pytest.mark.parametrize(
@@ -133,6 +152,25 @@ def alive(pid: int) -> bool:
         return False
     stat = Path(f"/proc/{pid}/stat")  # one that has ended may wait to be collected
     return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+@distributed
+@pytest.mark.slow
+def test_one_process_that_fails_ends_the_others(monkeypatch, tmp_path):
+    """The first device waits for the second, which never comes."""
+    broken = f"import {traffic.__name__} as traffic\n" + (
+        "from pathlib import Path\n"
+        "def run(rank, layer, folder):\n"
+        "    if rank == 1: raise ArithmeticError('device 1 is broken')\n"
+        "    import time; time.sleep(120)\n"
+        "traffic.run_real = run\n"
+        f"if __name__ == '__main__': traffic.start_devices(traffic.Layer(2), Path({str(tmp_path)!r}))\n"
+    )
+    script = tmp_path / "broken.py"
+    script.write_text(broken)
+    environment = os.environ | {"PYTHONPATH": str(traffic.ROOT)}
+    ran = traffic.run_to_its_end([sys.executable, str(script)], 60.0, environment)
+    assert ran.returncode != 0 and "device 1 is broken" in ran.stderr
 
 
 @distributed

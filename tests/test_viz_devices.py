@@ -58,7 +58,7 @@ def test_every_message_is_an_arrow_there_and_back():
     assert len(dotted) == 2 * stays == 4
     assert f"{len(wanted) - stays} hidden states are sent to other devices" in describe(figure)
     said = [t.get_text() for t in ax.texts]
-    for text in ("a: expert 0, expert 1", "b: expert 2", "b: expert 4", "c: expert 0", "c: expert 3"):
+    for text in ("a: experts 0, 1", "b: expert 2", "b: expert 4", "c: expert 0", "c: expert 3"):
         assert said.count(text) == 1
     assert said.count("token d") == 2 and "device 1: experts 2, 3" in said
     assert not outside(figure)
@@ -94,7 +94,7 @@ def drawn_messages(figure) -> list[tuple[str, str, frozenset[int]]]:
     """(token at the arrow's start, token at its end, experts it is for), from what stands on the figure."""
     (ax,) = figure.axes
     tokens = {(*t.get_position(),): t.get_text()[-1] for t in ax.texts if t.get_text().startswith("token ")}
-    work = {(*t.get_position(),): t.get_text() for t in ax.texts if ": expert " in t.get_text()}
+    work = {(*t.get_position(),): t.get_text() for t in ax.texts if ": expert" in t.get_text()}
     work = {place: text for place, text in work.items() if not text.startswith("device")}
 
     def nearest(texts: dict, place) -> str:
@@ -105,7 +105,7 @@ def drawn_messages(figure) -> list[tuple[str, str, frozenset[int]]]:
         start, end = arrow._posA_posB
         there = start[0] < 5
         asked = nearest(work, end if there else start)
-        experts = frozenset(int(part.split()[-1]) for part in asked.split(": ")[1].split(", "))
+        experts = frozenset(int(part.split()[-1]) for part in asked.split(": ")[1].split(","))
         found.append((nearest(tokens, start if there else end), asked[0], experts))
     return found
 
@@ -115,6 +115,17 @@ def test_arrows_lead_from_a_token_to_its_experts_and_back_to_it():
     drawn = drawn_messages(viz.message_drawing(loose_inboxes(), LOOSE_SIZES, PLACED, list("abcdef")))
     assert len(drawn) == 2 * len(expected)
     assert set(drawn) == {(token, token, experts) for token, _, _, experts in expected}
+
+
+def test_many_experts_on_one_device_stay_within_its_box():
+    placement, devices = Placement.even(32, 2), FakeDevices(2)
+    ids = torch.tensor([[25, 26, 27, 28, 29]])
+    ExpertParallel(placement, devices)(RoutedExperts(32, 2, 1), torch.ones(1, 2), ids, torch.ones(1, 5))
+    figure = viz.message_drawing(devices.inboxes, [1, 0], placement)
+    (text,) = (t for t in texts_of(figure) if "experts 25, 26" in t.get_text())
+    seen = text.get_window_extent(figure.canvas.get_renderer())
+    boxes = [p.get_window_extent() for p in figure.axes[0].patches if not isinstance(p, FancyArrowPatch)]
+    assert any(box.x0 < seen.x0 and seen.x1 < box.x1 and box.y0 < seen.y0 < box.y1 for box in boxes)
 
 
 def test_a_message_that_is_missing_would_be_seen():

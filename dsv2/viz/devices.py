@@ -93,7 +93,8 @@ def message_drawing(
     for device, got in enumerate(letters):
         for place, (source, token, ids, _) in enumerate(got):
             t, line = starts[source] + token, tops[device] + 1.1 + place
-            _say(ax, middle, line, f"{names[t]}: " + ", ".join(f"expert {e}" for e in ids))
+            asked = f"expert{'s' * (len(ids) > 1)} {', '.join(map(str, ids))}"
+            _say(ax, middle, line, f"{names[t]}: {asked}")
             stays = source == device
             sent += not stays
             drawn = {"color": DEVICE_COLOURS[source], "linewidth": 1.4 if stays else 2.4}
