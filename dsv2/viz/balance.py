@@ -27,7 +27,7 @@ from dsv2.viz.balance_simulation import (
 )
 from dsv2.viz.plots import _device_edges
 from dsv2.viz.style import BASE, INK, LINE, SMALL, finish, label, margins, new_axes, new_figure
-from dsv2.viz.widgets import Explorer
+from dsv2.viz.widgets import Explorer, in_columns
 
 STARVED = 0.1  # of the fair share: an expert below it hardly works
 CONDITION_COLOURS = {
@@ -301,11 +301,7 @@ def balance_explorer(
         **controls,
     )
     columns = (["expert", "device", "communication"], ["shared", "seed"])
-    boxes = [ipywidgets.VBox([controls[name] for name in names]) for names in columns]
-    boxes[1].children += (explorer.reset_button,)
-    wrap = ipywidgets.Layout(flex_flow="row wrap")
-    explorer.widget.children = (ipywidgets.HBox(boxes, layout=wrap), explorer.image, explorer.below)
-    return explorer
+    return in_columns(explorer, *columns, reset_below=1)
 
 
 @lru_cache(maxsize=64)

@@ -26,7 +26,7 @@ from dsv2.published import Device, published_devices, published_models
 from dsv2.viz import style
 from dsv2.viz.plots import _spread, human_bytes
 from dsv2.viz.style import BASE, INK, LINE, SMALL, finish, label, new_axes, new_figure
-from dsv2.viz.widgets import Explorer
+from dsv2.viz.widgets import Explorer, in_columns
 
 WEIGHTS = "#9AA3B2"  # what lies in memory beside the cache
 TITLE_OF_PANEL = BASE + 1.0
@@ -718,8 +718,4 @@ def cache_calculator(model: str = "LLaMA3 70B", context: int = 128 * 1024) -> Ex
         ["model", "layers", "heads", "kv_heads", "head_dim", "billions", "cache_bits", "weight_bits"],
         ["context", "batch", "device", "gpus"],
     )
-    boxes = [ipywidgets.VBox([controls[name] for name in names]) for names in columns]
-    boxes[0].children += (explorer.reset_button,)
-    wrap = ipywidgets.Layout(flex_flow="row wrap")
-    explorer.widget.children = (ipywidgets.HBox(boxes, layout=wrap), explorer.image, explorer.below)
-    return explorer
+    return in_columns(explorer, *columns)

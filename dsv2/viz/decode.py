@@ -22,7 +22,7 @@ from dsv2.viz import style
 from dsv2.viz.cache import tokens_text
 from dsv2.viz.plots import human_bytes
 from dsv2.viz.style import BASE, INK, LINE, SMALL, finish, label, new_axes, new_figure, on
-from dsv2.viz.widgets import Explorer
+from dsv2.viz.widgets import Explorer, in_columns
 
 # ------------------------------------------------------------------------------------------- online softmax
 
@@ -211,15 +211,6 @@ def online_softmax_explorer() -> Explorer:
         **controls,
     )
     return in_columns(explorer, ["read", "tile"], ["scores", "rescale"])
-
-
-def in_columns(explorer: Explorer, *columns: Sequence[str]) -> Explorer:
-    """The explorer with its controls side by side, the reset button below the first column."""
-    boxes = [ipywidgets.VBox([explorer.controls[name] for name in names]) for names in columns]
-    boxes[0].children += (explorer.reset_button,)
-    wrap = ipywidgets.Layout(flex_flow="row wrap")
-    explorer.widget.children = (ipywidgets.HBox(boxes, layout=wrap), explorer.image, explorer.below)
-    return explorer
 
 
 # --------------------------------------------------------------------------------------- what each step reads

@@ -24,7 +24,7 @@ from dsv2.moe.routing import device_limited_top_k
 from dsv2.viz import style
 from dsv2.viz.plots import human_bytes
 from dsv2.viz.style import BASE, INK, SMALL, finish, label, margins, new_axes, new_figure
-from dsv2.viz.widgets import Explorer
+from dsv2.viz.widgets import Explorer, in_columns
 
 DEVICE_COLOURS = (
     *(style.BLUE, style.VERMILLION, style.GREEN, style.PURPLE),
@@ -374,11 +374,7 @@ def traffic_explorer(
         **controls,
     )
     columns = (["devices", "k"], ["limit", "placement"])
-    boxes = [ipywidgets.VBox([controls[name] for name in names]) for names in columns]
-    boxes[1].children += (explorer.reset_button,)
-    wrap = ipywidgets.Layout(flex_flow="row wrap")
-    explorer.widget.children = (ipywidgets.HBox(boxes, layout=wrap), explorer.image, explorer.below)
-    return explorer
+    return in_columns(explorer, *columns, reset_below=1)
 
 
 def traffic_figure(rows: Int[Tensor, "G G"]) -> Figure:

@@ -26,7 +26,7 @@ from dsv2.moe.routing import Routing
 from dsv2.viz import style
 from dsv2.viz.plots import _cross_dropped, _token_ticks, _weights
 from dsv2.viz.style import BASE, INK, LINE, SMALL, finish, label, margins, new_axes, new_figure
-from dsv2.viz.widgets import Explorer
+from dsv2.viz.widgets import Explorer, in_columns
 
 # Kinds of runs (dsv2.bench.routers), large experts before small ones, and a colour for each kind.
 FAMILIES = {
@@ -257,11 +257,7 @@ def routing_playground(
         **controls,
     )
     columns = (["router", "experts", "k", "shared"], ["temperature", "capacity_factor", "seed"])
-    boxes = [ipywidgets.VBox([controls[name] for name in names]) for names in columns]
-    boxes[1].children += (explorer.reset_button,)
-    wrap = ipywidgets.Layout(flex_flow="row wrap")
-    explorer.widget.children = (ipywidgets.HBox(boxes, layout=wrap), explorer.image, explorer.below)
-    return explorer
+    return in_columns(explorer, *columns, reset_below=1)
 
 
 def playground_figure(made: Routing, texts: Sequence[str], shared: int = 0) -> Figure:

@@ -24,7 +24,7 @@ from dsv2.published import DATA, Device, published_devices
 from dsv2.viz import style
 from dsv2.viz.cache import tokens_text
 from dsv2.viz.style import BASE, INK, LINE, SMALL, finish, label, new_axes, new_figure
-from dsv2.viz.widgets import Explorer
+from dsv2.viz.widgets import Explorer, in_columns
 
 ABSORBED, REBUILT, KEPT = "MLA, absorbed", "MLA, rebuilt every step", "MLA, keys and values kept"
 KINDS = (ABSORBED, REBUILT, KEPT, "MHA", "GQA, 8 groups", "MQA")
@@ -489,8 +489,4 @@ def roofline_explorer(
         **controls,
     )
     columns = (["kind", "device"], ["heads", "batch", "context"])
-    boxes = [ipywidgets.VBox([controls[name] for name in names]) for names in columns]
-    boxes[0].children += (explorer.reset_button,)
-    wrap = ipywidgets.Layout(flex_flow="row wrap")
-    explorer.widget.children = (ipywidgets.HBox(boxes, layout=wrap), explorer.image, explorer.below)
-    return explorer
+    return in_columns(explorer, *columns)

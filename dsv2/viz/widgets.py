@@ -167,6 +167,15 @@ class Explorer:
         display(self.widget)
 
 
+def in_columns(explorer: Explorer, *columns: Sequence[str], reset_below: int = 0) -> Explorer:
+    """The explorer with its controls side by side, the reset button below column `reset_below`."""
+    boxes = [ipywidgets.VBox([explorer.controls[name] for name in names]) for names in columns]
+    boxes[reset_below].children += (explorer.reset_button,)
+    wrap = ipywidgets.Layout(flex_flow="row wrap")
+    explorer.widget.children = (ipywidgets.HBox(boxes, layout=wrap), explorer.image, explorer.below)
+    return explorer
+
+
 def _control(name: str, given: Any) -> ipywidgets.Widget:
     """The control that a short form stands for."""
     about = {"description": name.replace("_", " "), "style": _WIDE}

@@ -1039,8 +1039,7 @@ RUN_EXPERTS = Exercise(
         "8 tokens choose 2 of 4 experts each. For which rows of x must expert 3 be computed, how do you find "
         "them in expert_ids, and to which rows of the result does its output go?",
         'The notebook\'s section "Running them" does it expert by expert. (expert_ids == i) & kept is a '
-        "table "
-        "of (tokens, k); its nonzero(as_tuple=True) gives token and slot of every pair of expert i. "
+        "table of (tokens, k); its nonzero(as_tuple=True) gives token and slot of every pair of expert i. "
         "index_add adds rows to rows.",
         "out = zeros like x\n"
         "for each expert i:\n"

@@ -707,8 +707,7 @@ MESSAGE_COUNTS = Exercise(
         "A token lies on device 2 and has experts on the devices 0, 0, 2 and 3. Which entries of the matrix "
         "does it raise, and by how much?",
         'The notebook\'s section "Every message" draws them. The (tokens, devices) table of 07.1 has a 1 '
-        "where a "
-        "token goes; index_add adds its rows up by the device that holds the token.",
+        "where a token goes; index_add adds its rows up by the device that holds the token.",
         "goes = zeros (tokens, devices), with 1 at device_of[expert_ids]\n"
         "counts = zeros (devices, devices); row home[t] gets goes[t] added, for every token t\n"
         "the diagonal is set to 0",
