@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv2.course.chapters.routings import with_slope
 from dsv2.course.spec import Case, Exercise, Mistake
 from dsv2.moe import routing
 from dsv2.moe.routing import Routing
@@ -267,28 +269,6 @@ EXPERT_AFFINITY = Exercise(
 # ------------------------------------------------------------ 06.3 the k best
 
 
-def with_slope(answer: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """The routing's parts, and the gradient of a weighted sum of its weights by the affinities."""
-    with torch.enable_grad():
-        scores = arguments["scores"].clone().requires_grad_()
-        made = answer(**{**arguments, "scores": scores})
-        if not isinstance(made, Routing):
-            return made
-        slope = torch.zeros_like(scores)
-        weights = made.weights
-        if isinstance(weights, Tensor) and weights.requires_grad:
-            rising = torch.arange(1.0, 1 + weights.shape[-1])
-            (found,) = torch.autograd.grad((weights * rising).sum(), scores, allow_unused=True)
-            slope = slope if found is None else found
-    return {
-        "expert_ids": made.expert_ids,
-        "weights": weights.detach(),
-        "scores": made.scores.detach(),
-        "the gradient of weights by scores": slope,
-        "whether scores carry a gradient": made.scores.requires_grad,
-    }
-
-
 def chosen(
     weigh: Callable[[Tensor, Tensor], Tensor] = lambda weights, scores: weights,
     pick: Callable[[Tensor, int], tuple[Tensor, Tensor]] = lambda scores, k: scores.topk(k, dim=-1),
@@ -337,7 +317,7 @@ TOP_K = Exercise(
     difficulty=1,
     minutes=10,
     answer=routing.top_k,
-    run=with_slope,
+    run=partial(with_slope, scores_too=True),
     cases=(
         Case("2 sequences of 5 tokens, 9 experts, 3 a token", lambda: choice_case(21, 2, 5, 9, 3)),
         Case("3 sequences of 4 tokens, 7 experts, 2 a token", lambda: choice_case(22, 3, 4, 7, 2)),
@@ -647,7 +627,7 @@ def with_slope_of_two(answer: Callable[..., Any], arguments: Mapping[str, Any]) 
         made.append(answer(**rest))
         return made[0]
 
-    found = with_slope(keep, arguments)
+    found = with_slope(keep, arguments, scores_too=True)
     return {**found, "kept": made[0].kept} if isinstance(found, dict) else found
 
 

@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsv2.course.chapters.routings import with_slope
 from dsv2.course.spec import Case, Exercise, Mistake
 from dsv2.moe import routing
 from dsv2.moe.routing import Routing
@@ -404,26 +405,6 @@ ALLOWED_EXPERTS = Exercise(
 
 
 # ------------------------------------------------------------ 07.4 the choice among them
-
-
-def with_slope(answer: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """The routing's parts, and the gradient of a weighted sum of its weights by the affinities."""
-    with torch.enable_grad():
-        scores = arguments["scores"].clone().requires_grad_()
-        made = answer(**{**arguments, "scores": scores})
-        if not isinstance(made, Routing):
-            return made
-        slope, weights = torch.zeros_like(scores), made.weights
-        if isinstance(weights, Tensor) and weights.requires_grad:
-            rising = torch.arange(1.0, 1 + weights.shape[-1])
-            (found,) = torch.autograd.grad((weights * rising).sum(), scores, allow_unused=True)
-            slope = slope if found is None else found
-    return {
-        "expert_ids": made.expert_ids,
-        "weights": weights.detach(),
-        "scores": made.scores.detach(),
-        "the gradient of weights by scores": slope,
-    }
 
 
 def limited(
