@@ -299,6 +299,33 @@ def test_the_gradient_by_hand_is_autograds():
     assert torch.autograd.gradcheck(lambda *inputs: run_sorted(*inputs, load), (x, w_gate_up, w_down))
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_experts_with_few_rows_and_large_weights(grad):
+    """Products turned round (1 to 8 rows) and not (9 and more), gradients of 8 MB; float32's rounding.
+
+    Sums of 300 terms of size 1/17: 1e-5 is three times the largest difference from float64.
+    """
+    torch.manual_seed(0)
+    load = torch.tensor([1, 9, 0, 8, 2, 0])
+    x = torch.randn(20, 300)
+    w_gate_up, w_down = torch.randn(6, 1200, 300) / 300**0.5, torch.randn(6, 300, 600) / 600**0.5
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [given.to(dtype).requires_grad_(grad) for given in (x, w_gate_up, w_down)]
+        with torch.set_grad_enabled(grad):
+            out = run_sorted(*inputs, load)
+        results.append([out, *(torch.autograd.grad(out.sin().sum(), inputs) if grad else ())])
+    assert w_gate_up.nbytes > 2**22 and w_gate_up[0].numel() > 2**16 and w_down[0].numel() > 2**16
+    for single, double in zip(*results):
+        torch.testing.assert_close(single, double.float(), atol=1e-5, rtol=1e-5)
+    if grad:
+        assert all(slope[[2, 5]].eq(0).all() for slope in results[0][2:]), "experts without rows"
+        assert all(slope.is_contiguous() and slope.data_ptr() % 64 == 0 for slope in results[0])
+    swapped = [*x[1:2], *x[:1], *x[2:]]  # a planted bug: expert 0 runs on expert 1's first row
+    wrong = run_sorted(torch.stack(swapped), w_gate_up, w_down, load)
+    assert (wrong - results[0][0]).abs().max() > 0.1
+
+
 # ---------------------------------------------------------------------------------------------- dropping
 
 

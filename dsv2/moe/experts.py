@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -17,6 +18,9 @@ from dsv2.kernels import prefill
 from dsv2.kernels.backend import kernel_problem
 from dsv2.layers import swiglu
 
+FEW_ROWS = 8  # of an expert, at most, for which `_product` turns its product round
+LARGE = 2**16  # values: smaller weights stay in a cache, where there is nothing to gain
+
 
 def run_sorted(
     x: Float[Tensor, "P D"],
@@ -25,7 +29,9 @@ def run_sorted(
     load: Int[Tensor, " E"],
 ) -> Float[Tensor, "P D"]:
     """Every expert on its own rows of `x`: the first load[0] rows are expert 0's, and so on."""
-    return SortedExperts.apply(x, w_gate_up, w_down, load.tolist())
+    if torch.is_grad_enabled():
+        return SortedExperts.apply(x, w_gate_up, w_down, load.tolist())
+    return _one_by_one(x, w_gate_up, w_down, load.tolist())
 
 
 class SortedExperts(torch.autograd.Function):
@@ -38,22 +44,16 @@ class SortedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w_gate_up, w_down, load):
         gate_up = x.new_empty(x.shape[0], w_gate_up.shape[1])
-        out = torch.empty_like(x)
-        for e, rows in _rows_of(load):
-            torch.mm(x[rows], w_gate_up[e].mT, out=gate_up[rows])
-            torch.mm(swiglu(gate_up[rows]), w_down[e].mT, out=out[rows])
         ctx.save_for_backward(x, w_gate_up, w_down, gate_up)
         ctx.load = load
-        return out
+        return _one_by_one(x, w_gate_up, w_down, load, gate_up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, slope):
         x, w_gate_up, w_down, gate_up = ctx.saved_tensors
-        x_slope, gate_up_slope, down_slope = map(torch.empty_like, (x, w_gate_up, w_down))
-        for e, count in enumerate(ctx.load):
-            if not count:
-                gate_up_slope[e].zero_(), down_slope[e].zero_()
+        x_slope = torch.empty_like(x)
+        gate_up_slope, down_slope = _zeros_like(w_gate_up), _zeros_like(w_down)
         for e, rows in _rows_of(ctx.load):
             gate, up = gate_up[rows].chunk(2, dim=-1)
             silu = F.silu(gate)
@@ -63,6 +63,45 @@ class SortedExperts(torch.autograd.Function):
             torch.mm(inner.mT, x[rows], out=gate_up_slope[e])
             torch.mm(inner, w_gate_up[e], out=x_slope[rows])
         return x_slope, gate_up_slope, down_slope, None
+
+
+def _one_by_one(
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, load: list[int], gate_up: Tensor | None = None
+) -> Tensor:
+    """One expert after the other; `gate_up`, if given, receives what the first products give."""
+    out = torch.empty_like(x)
+    for e, rows in _rows_of(load):
+        inner = _product(x[rows], w_gate_up[e], None if gate_up is None else gate_up[rows])
+        _product(swiglu(inner), w_down[e], out[rows])
+    return out
+
+
+def _product(x: Float[Tensor, "r c"], w: Float[Tensor, "o c"], out: Tensor | None = None) -> Tensor:
+    """x W^T, for few rows on a CPU taken as (W x^T)^T: of the two calls this one reads W three times as fast.
+
+    The library behind both is the same, and so is the result but for rounding. One row is taken twice, as a
+    product with a vector is slow again.
+    """
+    rows = x.shape[0]
+    if rows > FEW_ROWS or x.device.type != "cpu" or x.dtype != torch.float32 or w.numel() < LARGE:
+        return torch.mm(x, w.mT, out=out)
+    x = torch.cat((x, x)) if rows == 1 else x.contiguous()
+    product = torch.mm(w, x.mT).mT[:rows]
+    return product if out is None else out.copy_(product)
+
+
+def _zeros_like(weights: Tensor) -> Tensor:
+    """Zeros for a gradient; on a CPU large ones come from NumPy, which asks the system for huge pages.
+
+    Fresh memory costs its time page by page when first written: for the gradients of 64 experts and few
+    tokens more than the products take. Huge pages are few, and unwritten where experts have no tokens.
+    """
+    if weights.device.type != "cpu" or weights.nbytes < 2**22:
+        return torch.zeros_like(weights)
+    spare = np.zeros(weights.nbytes + 64, dtype=np.uint8)
+    first = -spare.ctypes.data % 64  # aligned as PyTorch aligns its own
+    flat = torch.from_numpy(spare[first : first + weights.nbytes])
+    return flat.view(weights.dtype).view(weights.shape)
 
 
 def _rows_of(load: list[int]) -> Iterator[tuple[int, slice]]:
