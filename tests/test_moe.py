@@ -301,9 +301,11 @@ def test_the_gradient_by_hand_is_autograds():
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_experts_with_few_rows_and_large_weights(grad):
-    """Products turned round (1 to 8 rows) and not (9 and more), gradients of 8 MB; float32's rounding.
+    """Products turned round (1 to 8 rows) and not (9 and more), gradients of 8 MB; against float64.
 
-    Sums of 300 terms of size 1/17: 1e-5 is three times the largest difference from float64.
+    A gradient here is a sum over 9 rows, of numbers up to 4, each times a sum of 300 rounded terms; among a
+    million of them 2e-5 was the largest difference, on one processor of two. A wrong row is off by more than
+    0.1.
     """
     torch.manual_seed(0)
     load = torch.tensor([1, 9, 0, 8, 2, 0])
@@ -317,7 +319,7 @@ def test_experts_with_few_rows_and_large_weights(grad):
         results.append([out, *(torch.autograd.grad(out.sin().sum(), inputs) if grad else ())])
     assert w_gate_up.nbytes > 2**22 and w_gate_up[0].numel() > 2**16 and w_down[0].numel() > 2**16
     for single, double in zip(*results):
-        torch.testing.assert_close(single, double.float(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(single, double.float(), atol=5e-5, rtol=1e-5)
     if grad:
         assert all(slope[[2, 5]].eq(0).all() for slope in results[0][2:]), "experts without rows"
         assert all(slope.is_contiguous() and slope.data_ptr() % 64 == 0 for slope in results[0])
