@@ -72,7 +72,7 @@ def passes() -> None:
     prefill.rms_norm(normal(5, 130), normal(130), 1e-6)
     prefill.rotate_pairs(normal(2, 3, 5, 12), normal(2, 3, 6), normal(2, 3, 6))
     order, count = torch.randperm(15, device="cuda"), torch.tensor([13], dtype=torch.int32, device="cuda")
-    prefill.add_up(normal(15, 45), normal(5, 3), order, count, 5)
+    prefill.add_up(normal(15, 45), normal(5, 3), order, count, 5, 3)
     prefill.weighted_swiglu_backward(normal(15, 45), normal(15, 90), normal(5, 3), order, count)
 
 

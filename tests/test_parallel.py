@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -152,16 +152,17 @@ def traffic_by_hand(case: Case) -> dict[str, tuple[list, list]]:
     for a in range(devices):
         for b in range(devices):
             post("metadata", a, b, 1, 2 * 8)  # how many messages and pairs will come: two int64
-    for source, home, _, experts in letters_by_hand(case):
+    k = case.expert_ids.shape[1]
+    for source, home, _, _ in letters_by_hand(case):
         post("dispatch", source, home, 1, state)
         post("combine", home, source, 1, state)
-        post("metadata", source, home, len(experts), 2 * 4)  # token and expert: two int32
-        post("metadata", source, home, len(experts), weight)
+        post("metadata", source, home, 1, (1 + k) * 4)  # token, and K experts or -1: int32
+        post("metadata", source, home, 1, k * weight)
         post("combine gradient", source, home, 1, state)
         if "x" in case.learns:
             post("dispatch gradient", home, source, 1, state)
         if "weights" in case.learns:
-            post("metadata gradient", home, source, len(experts), weight)
+            post("metadata gradient", home, source, 1, k * weight)
     return {kind: (rows[kind], sizes[kind]) for kind in KINDS}
 
 
@@ -422,32 +423,25 @@ def test_errors_say_what_does_not_fit():
 # ------------------------------------------------------------------------------------------ planted bugs
 
 
-def as_routed(plan: parallel.Dispatch, case_ids, placement) -> parallel.Dispatch:
-    """The plan with one message for every pair: a token is sent twice to a device with two of its experts."""
-    homes = torch.tensor(placement.device_of)[case_ids.flatten()[plan.pairs]]
-    pairs = torch.bincount(homes, minlength=placement.devices)
-    return parallel.Dispatch(plan.pairs // case_ids.shape[1], plan.pairs, torch.stack([pairs, pairs], dim=1))
+def one_by_one(plan: parallel.Dispatch) -> parallel.Dispatch:
+    """The plan with one message for every expert: a token is sent twice to a device with two of its."""
+    message, slot = plan.asked.nonzero(as_tuple=True)
+    asked = torch.nn.functional.one_hot(slot, plan.asked.shape[1]).bool()
+    return parallel.Dispatch(plan.tokens[message], asked, plan.counts[:, 1:].expand(-1, 2))
 
 
 def plant(monkeypatch, name: str) -> None:
-    plan, opened, run, add, homes = (
-        getattr(parallel, part) for part in ("plan_dispatch", "open_inbox", "run_inbox", "combine", "_homes")
+    plan, run, add, homes = (
+        getattr(parallel, part) for part in ("plan_dispatch", "run_inbox", "combine", "_homes")
     )
     if name == "sent once for every expert":
-
-        def open_each(numbers, weights, counts):
-            inbox = opened(numbers, weights, counts)
-            source = torch.arange(len(counts)).repeat_interleave(counts[:, 1])
-            return replace(inbox, source=source, tokens=numbers[:, 0], message=torch.arange(len(numbers)))
-
-        monkeypatch.setattr(parallel, "plan_dispatch", lambda i, p, kept: as_routed(plan(i, p, kept), i, p))
-        monkeypatch.setattr(parallel, "open_inbox", open_each)
+        monkeypatch.setattr(parallel, "plan_dispatch", lambda *given: one_by_one(plan(*given)))
     elif name == "dropped pairs sent all the same":
         monkeypatch.setattr(parallel, "plan_dispatch", lambda i, p, kept: plan(i, p))
     elif name == "weights applied twice":
-        monkeypatch.setattr(parallel, "run_inbox", lambda u, m, e, g, *w: run(u, m, e, g * g, *w))
+        monkeypatch.setattr(parallel, "run_inbox", lambda u, inbox, g, *w: run(u, inbox, g * g, *w))
     elif name == "no gradient to the router":
-        monkeypatch.setattr(parallel, "run_inbox", lambda u, m, e, g, *w: run(u, m, e, g.detach(), *w))
+        monkeypatch.setattr(parallel, "run_inbox", lambda u, inbox, g, *w: run(u, inbox, g.detach(), *w))
     elif name == "experts of a device in another order":
 
         def mixed(placement, on):
@@ -456,10 +450,10 @@ def plant(monkeypatch, name: str) -> None:
 
         monkeypatch.setattr(parallel, "_homes", mixed)
     elif name == "return trip in the wrong order":
-        monkeypatch.setattr(parallel, "combine", lambda r, p, n: add(r.flip(0), p, n))
+        monkeypatch.setattr(parallel, "combine", lambda r, *back: add(r.flip(0), *back))
     elif name == "what comes back replaces what came before":
 
-        def overwrite(results, plan, n):
+        def overwrite(results, plan, counts, n):
             return results.new_zeros(n, results.shape[1]).index_copy(0, plan.tokens, results)
 
         monkeypatch.setattr(parallel, "combine", overwrite)

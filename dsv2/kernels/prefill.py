@@ -109,20 +109,21 @@ def rotate_kernel(x, cos, sin, out, x_n, x_h, heads, pairs, HEADS: tl.constexpr,
     tl.store(to + 1, (x0 * s + x1 * c).to(out.dtype.element_ty), mask=there)
 
 
-def add_up(out: Tensor, weights: Tensor | None, order: Tensor, count: Tensor, tokens: int) -> Tensor:
-    """sum_k weights[t, k] * (the row of `out` that belongs to pair (t, k)): (n K, D) -> (n, D), n = `tokens`.
+def add_up(out: Tensor, weights: Tensor | None, order: Tensor, count: Tensor, tokens: int, k: int) -> Tensor:
+    """sum_k weights[t, k] * (the row of `out` that belongs to pair (t, k)): (P, D) -> (n, D), n = `tokens`.
 
-    weights: (n, K); None: all are 1. order: (n K,), which pair t K + k each row of `out` belongs to. count: a
+    weights: (n, K); None: all are 1. order: (P,), which pair t K + k each row of `out` belongs to. count: a
     tensor with how many rows there are; those behind it, of dropped pairs, add nothing, and may be anything.
-    One program reads a token's K rows and adds them in float32, always in the same order.
+    Pairs that are not in `order` add nothing either. One program reads a token's K rows and adds them in
+    float32, always in the same order.
     """
-    place = torch.empty_like(order, dtype=torch.int32)
+    place = torch.full((tokens * k,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=out.device)
     place[order] = torch.arange(len(order), device=order.device, dtype=torch.int32)
     total = out.new_empty(tokens, out.shape[1])
     if tokens:
         add_up_kernel[(tokens,)](
             out, out if weights is None else weights, place, count, total, out.shape[1],
-            WEIGHTED=weights is not None, K=len(order) // tokens, WIDTH=triton.next_power_of_2(out.shape[1]),
+            WEIGHTED=weights is not None, K=k, WIDTH=triton.next_power_of_2(out.shape[1]),
             num_warps=8,
         )  # fmt: skip
     return total

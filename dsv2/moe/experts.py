@@ -133,9 +133,9 @@ def _grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 class GroupedExperts(torch.autograd.Function):
     """Rows gathered, two grouped products, and the weighted sum for each token; its backward pass by hand.
 
-    order: (P,), the pairs sorted by expert; ends: (E,) int32, where each expert's end among them. Pairs
-    behind the last end are dropped. Nothing is added up by chance or read by the host, and the loss's slope
-    is gathered once for both products: left to autograd, the passes between the products take longer.
+    order: (P,), the pairs, token * K + slot, sorted by expert; ends: (E,) int32, where each expert's end in
+    it. Pairs behind the last end are dropped. Nothing is added up by chance or read by the host, and the
+    loss's slope is gathered once for both products: left to autograd, the passes between them take longer.
     """
 
     @staticmethod
@@ -143,7 +143,7 @@ class GroupedExperts(torch.autograd.Function):
         gate_up = _grouped_mm(x.index_select(0, order // weights.shape[1]), w_gate_up.mT, ends)
         out = _grouped_mm(prefill.swiglu(gate_up), w_down.mT, ends)
         ctx.save_for_backward(x, w_gate_up, w_down, weights, order, ends, gate_up)
-        return prefill.add_up(out, weights, order, ends[-1:], x.shape[0])
+        return prefill.add_up(out, weights, order, ends[-1:], *weights.shape)
 
     @staticmethod
     @once_differentiable
@@ -157,9 +157,8 @@ class GroupedExperts(torch.autograd.Function):
         )
         x_slope = w_gate_up_slope = w_down_slope = None
         if ctx.needs_input_grad[0]:
-            x_slope = prefill.add_up(
-                _grouped_mm(gate_up_slope, w_gate_up, ends), None, order, count, x.shape[0]
-            )
+            x_slope = _grouped_mm(gate_up_slope, w_gate_up, ends)
+            x_slope = prefill.add_up(x_slope, None, order, count, *weights.shape)
         if ctx.needs_input_grad[1]:
             w_gate_up_slope = _grouped_mm(gate_up_slope.mT, x.index_select(0, tokens), ends)
         if ctx.needs_input_grad[2]:
@@ -172,6 +171,41 @@ def grouped_mm_available(x: Tensor, width: int) -> bool:
     if x.device.type != "cuda" or x.dtype != torch.bfloat16 or not hasattr(torch, "_grouped_mm"):
         return False
     return torch.cuda.get_device_capability(x.device) >= (9, 0) and x.shape[-1] % 8 == 0 and width % 8 == 0
+
+
+def run_experts(
+    x: Float[Tensor, "n D"],
+    expert_ids: Int[Tensor, "n K"],
+    weights: Float[Tensor, "n K"],
+    w_gate_up: Float[Tensor, "E twoI D"],
+    w_down: Float[Tensor, "E D I"],
+    kept: Bool[Tensor, "n K"] | None = None,
+    count: int | None = None,
+) -> Float[Tensor, "n D"]:
+    """sum_k g_{t,k} FFN_{i(t,k)}(u_t): sort the pairs by expert, run, weigh, and add up per token.
+
+    kept: which pairs count; None: all. The others add nothing, whatever their expert's number. count: how
+    many are kept, where that is known: a GPU then need not be asked.
+    """
+    n_experts, k = w_down.shape[0], expert_ids.shape[1]
+    experts = expert_ids.flatten().int()
+    if kept is not None:
+        experts = torch.where(kept.flatten(), experts, n_experts)  # dropped pairs sort behind all experts
+    experts, order = experts.sort(stable=True)
+    every = torch.arange(n_experts, dtype=torch.int32, device=x.device)
+    ends = torch.searchsorted(experts, every, right=True).int()
+    order = order[:count]
+    grouped = len(x) > 0 and grouped_mm_available(x, w_down.shape[-1])
+    if grouped and kernel_problem(x.device) is None and not torch.compiler.is_compiling():
+        return GroupedExperts.apply(x, w_gate_up, w_down, weights, order, ends)
+    if kept is not None and count is None:
+        order = order[: int(ends[-1])]
+    # index_select, not x[tokens]: its gradient is added up in a tenth of the time on a CPU.
+    rows = x.index_select(0, order // k)
+    load = ends.diff(prepend=ends.new_zeros(1))
+    out = (run_grouped if grouped else run_sorted)(rows, w_gate_up, w_down, load)
+    out = out * weights.flatten().index_select(0, order)[:, None].to(out.dtype)
+    return torch.zeros_like(x).index_add_(0, order // k, out)
 
 
 class RoutedExperts(nn.Module):
@@ -192,22 +226,4 @@ class RoutedExperts(nn.Module):
         weights: Float[Tensor, "n K"],
         kept: Bool[Tensor, "n K"] | None = None,
     ) -> Float[Tensor, "n D"]:
-        """Sort the pairs by expert, run, weigh, and add up per token. Dropped pairs add nothing."""
-        n_experts, k = self.w_down.shape[0], expert_ids.shape[1]
-        experts = expert_ids.flatten().int()
-        if kept is not None:
-            experts = torch.where(kept.flatten(), experts, n_experts)  # dropped pairs sort behind all experts
-        experts, order = experts.sort(stable=True)
-        every = torch.arange(n_experts, dtype=torch.int32, device=x.device)
-        ends = torch.searchsorted(experts, every, right=True).int()
-        grouped = grouped_mm_available(x, self.w_down.shape[-1])
-        if grouped and kernel_problem(x.device) is None and not torch.compiler.is_compiling():
-            return GroupedExperts.apply(x, self.w_gate_up, self.w_down, weights, order, ends)
-        if kept is not None:
-            order = order[: int(ends[-1])]
-        # index_select, not x[tokens]: its gradient is added up in a tenth of the time on a CPU.
-        rows = x.index_select(0, order // k)
-        load = ends.diff(prepend=ends.new_zeros(1))
-        out = (run_grouped if grouped else run_sorted)(rows, self.w_gate_up, self.w_down, load)
-        out = out * weights.flatten().index_select(0, order)[:, None].to(out.dtype)
-        return torch.zeros_like(x).index_add_(0, order // k, out)
+        return run_experts(x, expert_ids, weights, self.w_gate_up, self.w_down, kept)

@@ -14,7 +14,7 @@ Source: DeepSeek-V2, arXiv 2405.04434, sections 2.2.2 and 2.2.3.
 
 # n tokens of one device (T in the paper)   D hidden_size   E routed experts   K experts per token
 # L experts on one device   G devices   I moe_intermediate_size
-# R messages: (token, device) pairs, one hidden state each   P token-expert pairs
+# R messages: (token, device) pairs, one hidden state each
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsv2.moe.experts import RoutedExperts, grouped_mm_available, run_grouped, run_sorted
+from dsv2.moe.experts import RoutedExperts, run_experts
 
 # ---------------------------------------------------------------------------------------- who holds what
 
@@ -99,102 +99,96 @@ def _homes(placement: Placement, on: torch.device) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Dispatch:
-    """What one device sends. Messages are ordered by device, then token; pairs by message, then slot.
+    """What one device sends: a message for each token and device. Ordered by device, then token.
 
-    tokens: (R,), whose hidden state each message carries. pairs: (P,), token * K + slot of each pair.
-    counts: (G, 2), how many messages and how many pairs go to each device.
+    tokens: (R,), whose hidden state each message carries. asked: (R, K), which of the token's K experts it
+    asks for. counts: (G, 2), how many messages, and how many experts asked for, go to each device.
     """
 
     tokens: Int[Tensor, " R"]
-    pairs: Int[Tensor, " P"]
+    asked: Bool[Tensor, "R K"]
     counts: Int[Tensor, "G 2"]
 
-    def numbers(self, expert_ids: Int[Tensor, "n K"]) -> Int[Tensor, "P 2"]:
-        """Token and expert of every pair, as they are sent: int32."""
-        tokens = self.pairs // expert_ids.shape[1]
-        return torch.stack([tokens, expert_ids.flatten()[self.pairs]], dim=1).int()
+    def numbers(self, expert_ids: Int[Tensor, "n K"]) -> Int[Tensor, "R K_plus_1"]:
+        """The token's number and those of its experts, as they are sent: int32; not asked for is -1."""
+        ids = torch.where(self.asked, expert_ids.index_select(0, self.tokens), -1)
+        return torch.cat([self.tokens[:, None], ids], dim=1).int()
+
+    def gates(self, weights: Float[Tensor, "n K"]) -> Float[Tensor, "R K"]:
+        """The weights of the experts asked for, as they are sent; 0 for the others."""
+        return torch.where(self.asked, weights.index_select(0, self.tokens), 0)
 
 
 def plan_dispatch(
     expert_ids: Int[Tensor, "n K"], placement: Placement, kept: Bool[Tensor, "n K"] | None = None
 ) -> Dispatch:
     """One message per token and device that holds one of its experts. Dropped pairs are not sent."""
-    n, k = expert_ids.shape
-    pairs = torch.arange(n * k, device=expert_ids.device)
+    homes = _homes(placement, expert_ids.device)[0][expert_ids]
     if kept is not None:
-        pairs = pairs[kept.flatten()]
-    key = _homes(placement, expert_ids.device)[0][expert_ids.flatten()[pairs]] * n + pairs // k
-    order = key.argsort(stable=True)
-    messages = key[order].unique_consecutive()
-    to = [torch.bincount(keys // max(n, 1), minlength=placement.devices) for keys in (messages, key)]
-    return Dispatch(messages % max(n, 1), pairs[order], torch.stack(to, dim=1))
+        homes = torch.where(kept, homes, placement.devices)  # nowhere
+    wanted = F.one_hot(homes, placement.devices + 1)[..., :-1].sum(dim=1)  # (n, G): experts of a token there
+    device, tokens = wanted.T.nonzero(as_tuple=True)
+    counts = torch.stack([wanted.count_nonzero(dim=0), wanted.sum(dim=0)], dim=1)
+    return Dispatch(tokens, homes.index_select(0, tokens) == device[:, None], counts)
 
 
 @dataclass(frozen=True)
 class Inbox:
     """What one device has received. Messages are ordered by source, then token.
 
-    source, tokens: (R,), where a message comes from, and its token's number there. message, expert_ids,
-    weights: (P,), the pairs: the message that asks, the expert it asks for (numbered among all E), and what
-    to multiply that expert's output by (without gradient; it travels apart).
+    source, tokens: (R,), where a message comes from, and its token's number there. expert_ids: (R, K), the
+    experts it asks for (numbered among all E), -1 where there is none. weights: (R, K), what to multiply
+    their outputs by (without gradient; it travels apart).
     """
 
     source: Int[Tensor, " R"]
     tokens: Int[Tensor, " R"]
-    message: Int[Tensor, " P"]
-    expert_ids: Int[Tensor, " P"]
-    weights: Float[Tensor, " P"]
+    expert_ids: Int[Tensor, "R K"]
+    weights: Float[Tensor, "R K"]
 
     def messages(self) -> Iterator[tuple[int, int, list[int], list[float]]]:
         """Message by message: source device, token, expert ids, weights."""
-        sizes = torch.bincount(self.message, minlength=len(self.source)).tolist()
-        ids, weights = self.expert_ids.split(sizes), self.weights.split(sizes)
-        for source, token, i, w in zip(self.source.tolist(), self.tokens.tolist(), ids, weights):
-            yield source, token, i.tolist(), w.tolist()
+        parts = (part.tolist() for part in (self.source, self.tokens, self.expert_ids, self.weights))
+        for source, token, ids, weights in zip(*parts):
+            asked = [slot for slot, i in enumerate(ids) if i >= 0]
+            yield source, token, [ids[slot] for slot in asked], [weights[slot] for slot in asked]
 
 
 def open_inbox(
-    numbers: Int[Tensor, "P 2"], weights: Float[Tensor, " P"], counts: Int[Tensor, "G 2"]
+    numbers: Int[Tensor, "R K_plus_1"], weights: Float[Tensor, "R K"], counts: Sequence[int]
 ) -> Inbox:
-    """Find the messages among the pairs: successive pairs of one source and token belong together.
-
-    numbers: token and expert of each pair. counts: how many messages and pairs came from each device.
-    """
-    source = torch.arange(len(counts), device=numbers.device).repeat_interleave(counts[:, 1])
-    tokens, expert_ids = numbers.unbind(1)
-    new = (source.diff() != 0) | (tokens.diff() != 0)
-    first = F.pad(new, (1, 0), value=True)[: len(tokens)]
-    return Inbox(source[first], tokens[first], first.cumsum(0) - 1, expert_ids, weights.detach())
+    """What `Dispatch.numbers` and `Dispatch.gates` sent; counts: how many messages came from each device."""
+    source = torch.arange(len(counts), device=numbers.device)
+    source = source.repeat_interleave(torch.tensor(counts, device=numbers.device), output_size=len(numbers))
+    return Inbox(source, numbers[:, 0], numbers[:, 1:], weights.detach())
 
 
 def run_inbox(
     states: Float[Tensor, "R D"],
-    message: Int[Tensor, " P"],
-    local_ids: Int[Tensor, " P"],
-    weights: Float[Tensor, " P"],
+    inbox: Inbox,
+    weights: Float[Tensor, "R K"],
+    pairs: int,
+    placement: Placement,
     w_gate_up: Float[Tensor, "L twoI D"],
     w_down: Float[Tensor, "L D I"],
 ) -> Float[Tensor, "R D"]:
-    """sum_i g_i FFN_i(u) over one device's experts i, for every message (a part of equation 20's sum)."""
-    order = local_ids.argsort(stable=True)
-    message = message[order]
-    w_gate_up, w_down = w_gate_up.to(states.dtype), w_down.to(states.dtype)
-    rows = states.index_select(0, message)
-    if len(order):
-        run = run_grouped if grouped_mm_available(rows, w_down.shape[-1]) else run_sorted
-        out = run(rows, w_gate_up, w_down, torch.bincount(local_ids, minlength=len(w_down)))
-    else:  # nothing to do, yet the weights' gradient is 0, not missing: all processes must go backward alike
-        out = rows @ w_gate_up[:1].sum(0).mT
-        out = out[:, : w_down.shape[-1]] @ w_down[:1].sum(0).mT
-    out = out * weights.index_select(0, order)[:, None].to(out.dtype)
-    return torch.zeros_like(states).index_add_(0, message, out)
+    """sum_i g_i FFN_i(u) over one device's experts i, for every message (a part of equation 20's sum).
+
+    weights: the inbox's, with their gradient. pairs: how many experts are asked for in all.
+    """
+    _, places = _homes(placement, states.device)
+    asked = inbox.expert_ids >= 0
+    local_ids = places[inbox.expert_ids.clamp(min=0)]
+    stacks = w_gate_up.to(states.dtype), w_down.to(states.dtype)
+    return run_experts(states, local_ids, weights, *stacks, kept=asked, count=pairs)
 
 
-def combine(results: Float[Tensor, "R D"], plan: Dispatch, n: int) -> Float[Tensor, "n D"]:
-    """Add up what came back for each of the n tokens, in the order of the devices."""
+def combine(
+    results: Float[Tensor, "R D"], plan: Dispatch, counts: Sequence[int], n: int
+) -> Float[Tensor, "n D"]:
+    """Add up what came back for each of the n tokens, in the order of the devices; counts: from each."""
     out = results.new_zeros(n, results.shape[1])
-    sizes = plan.counts[:, 0].tolist()
-    for tokens, rows in zip(plan.tokens.split(sizes), results.split(sizes)):
+    for tokens, rows in zip(plan.tokens.split(counts), results.split(counts)):
         out.index_add_(0, tokens, rows)  # a token comes once from a device: nothing to race for
     return out
 
@@ -427,19 +421,17 @@ class ExpertParallel:
         once = [[1] * devices.size for _ in plans]
         counts = devices.move("metadata", [plan.counts for plan in plans], once, once)
         sent, came = ([count.T.tolist() for count in c] for c in ([plan.counts for plan in plans], counts))
-        messages, pairs = (([s[i] for s in sent], [c[i] for c in came]) for i in (0, 1))
+        to, by = ([messages for messages, _ in c] for c in (sent, came))
 
         states = [own.index_select(0, plan.tokens) for own, plan in zip(x, plans)]
-        states = devices.exchange("dispatch", states, *messages)
-        numbers = devices.move("metadata", [plan.numbers(i) for i, plan in zip(ids, plans)], *pairs)
-        gates = [g.flatten().index_select(0, plan.pairs) for g, plan in zip(weights, plans)]
-        gates = devices.exchange("metadata", gates, *pairs)
+        states = devices.exchange("dispatch", states, to, by)
+        numbers = devices.move("metadata", [plan.numbers(i) for i, plan in zip(ids, plans)], to, by)
+        gates = devices.exchange("metadata", [plan.gates(g) for g, plan in zip(weights, plans)], to, by)
 
-        devices.inboxes = [open_inbox(*letter) for letter in zip(numbers, gates, counts)]
-        _, places = _homes(placement, expert_ids.device)
+        devices.inboxes = [open_inbox(*letter) for letter in zip(numbers, gates, by)]
         results = [
-            run_inbox(u, inbox.message, places[inbox.expert_ids], g, *local)
-            for u, inbox, g, local in zip(states, devices.inboxes, gates, local_weights)
+            run_inbox(u, inbox, g, sum(pairs), placement, *local)
+            for u, inbox, g, (_, pairs), local in zip(states, devices.inboxes, gates, came, local_weights)
         ]
-        results = devices.exchange("combine", results, *reversed(messages))
-        return torch.cat([combine(*back) for back in zip(results, plans, sizes)])
+        results = devices.exchange("combine", results, by, to)
+        return torch.cat([combine(*back) for back in zip(results, plans, to, sizes)])
