@@ -376,9 +376,10 @@ def one_by_one(rows, weights, ends):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("drop", [False, True, "counted"])
 def test_grouped_experts_equal_autograd(drop, frozen, monkeypatch):
-    """With two experts that nobody chose, at both ends; dropped pairs, of one token all; frozen experts."""
+    """With two experts that nobody chose, at both ends; dropped pairs, of one token all, and
+    how many are left told or not; frozen experts."""
     tokens, k, count, hidden, width = 7, 3, 9, 24, 40
     if DEVICE == "cpu":
         monkeypatch.setattr(moe_experts, "_grouped_mm", one_by_one)
@@ -411,7 +412,11 @@ def test_grouped_experts_equal_autograd(drop, frozen, monkeypatch):
     (expected * slope.double()).sum().backward()
     layer.requires_grad_(not frozen)
     x.requires_grad_(), weights.requires_grad_()
-    out = layer(x, chosen.to(DEVICE), weights, kept)
+    if drop == "counted":
+        stacks = layer.w_gate_up, layer.w_down
+        out = moe_experts.run_experts(x, chosen.to(DEVICE), weights, *stacks, kept, int(kept.sum()))
+    else:
+        out = layer(x, chosen.to(DEVICE), weights, kept)
     assert "GroupedExperts" in type(out.grad_fn).__name__
     (out * slope).sum().backward()
     # bf16: what is handed from product to product is rounded five times on the way to w_gate_up's gradient

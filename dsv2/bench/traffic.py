@@ -65,8 +65,17 @@ class Layer:
     def placement(self) -> Placement:
         return Placement.even(self.experts, self.devices)
 
-    def make(self) -> tuple[RoutedExperts, Tensor, Tensor, Tensor, Tensor]:
-        """Experts, hidden states, expert ids, weights, and the loss's slope, for all devices together."""
+    def tokens_of(self, rank: int) -> slice:
+        """A device's tokens among all."""
+        return slice(rank * self.tokens, (rank + 1) * self.tokens)
+
+    def make(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> tuple[RoutedExperts, Tensor, Tensor, Tensor, Tensor]:
+        """Experts, hidden states, expert ids, weights, and the loss's slope, for all devices together.
+
+        The same numbers everywhere, drawn on the CPU; weights are always float32, as the router's are.
+        """
         random = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int) -> Tensor:
@@ -79,55 +88,76 @@ class Layer:
         n = self.devices * self.tokens
         scores = (1.5 * normal(1, n, self.experts)).softmax(dim=-1)
         made = device_limited_top_k(scores, self.k, self.devices, self.limit or self.devices)
-        return experts, normal(n, self.hidden), made.expert_ids[0], made.weights[0], normal(n, self.hidden)
+        x, slope = (normal(n, self.hidden).to(device, dtype) for _ in range(2))
+        ids, weights = made.expert_ids[0].to(device), made.weights[0].to(device)
+        return experts.to(device, dtype), x, ids, weights, slope
 
 
-def run_fake(layer: Layer) -> tuple[dict[str, Tensor], FakeDevices]:
+def run_fake(
+    layer: Layer, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Tensor], FakeDevices]:
     """The layer on devices in this process: output and gradients, and the devices, which counted."""
-    experts, x, ids, weights, slope = layer.make()
+    experts, x, ids, weights, slope = layer.make(device, dtype)
     x.requires_grad_(), weights.requires_grad_()
     devices = FakeDevices(layer.devices)
     out = ExpertParallel(layer.placement, devices)(experts, x, ids, weights)
     out.backward(slope)
-    found = {"output": out.detach(), "gradient of x": x.grad, "gradient of weights": weights.grad}
-    return found | {name: getattr(experts, weight).grad for name, weight in HELD.items()}, devices
+    return _outcome(out, x, weights, experts), devices
 
 
-def run_real(rank: int, layer: Layer, folder: Path) -> None:
-    """One process's share: largest differences from `run_fake` and everyone's bytes, written by the first."""
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / "meeting"), layer.devices)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=layer.devices)
+def run_process(
+    layer: Layer, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Tensor], ProcessGroup]:
+    """This process's share of the layer, with the others': its part of what `run_fake` gives."""
     devices = ProcessGroup()
-    expected, _ = run_fake(layer)
-    experts, x, ids, weights, slope = layer.make()
-    mine = slice(rank * layer.tokens, (rank + 1) * layer.tokens)
-    held = list(layer.placement.experts_on(rank))
+    (rank,) = devices.here
+    experts, x, ids, weights, slope = layer.make(device, dtype)
     local = layer.placement.local(experts, rank)
+    mine = layer.tokens_of(rank)
     x, weights = x[mine].clone().requires_grad_(), weights[mine].clone().requires_grad_()
     out = ExpertParallel(layer.placement, devices)(local, x, ids[mine], weights)
     out.backward(slope[mine])
+    return _outcome(out, x, weights, local), devices
+
+
+def _outcome(out: Tensor, x: Tensor, weights: Tensor, experts: RoutedExperts) -> dict[str, Tensor]:
     found = {"output": out.detach(), "gradient of x": x.grad, "gradient of weights": weights.grad}
-    found |= {name: getattr(local, weight).grad for name, weight in HELD.items()}
-    rows = {name: held if name in HELD else mine for name in found}
+    return found | {name: getattr(experts, weight).grad for name, weight in HELD.items()}
+
+
+def differences(
+    layer: Layer, rank: int, found: dict[str, Tensor], expected: dict[str, Tensor]
+) -> dict[str, float]:
+    """How far any process's part is from those rows of the whole; all processes must ask."""
+    mine, held = layer.tokens_of(rank), list(layer.placement.experts_on(rank))
     apart = torch.stack(
-        [relative_difference(part, expected[name], rows[name]) for name, part in found.items()]
+        [
+            relative_difference(part, expected[name], held if name in HELD else mine)
+            for name, part in found.items()
+        ]
     )
     torch.distributed.all_reduce(apart, torch.distributed.ReduceOp.MAX)
-    traffic = devices.all_traffic()
+    return dict(zip(found, apart.tolist()))
+
+
+def run_real(rank: int, layer: Layer, folder: Path) -> None:
+    """One process: largest differences from `run_fake` and everyone's bytes, written by the first."""
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(str(folder / "meeting"), layer.devices)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=layer.devices)
+    expected, _ = run_fake(layer)
+    found, devices = run_process(layer)
+    apart, traffic = differences(layer, rank, found, expected), devices.all_traffic()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     if rank == 0:
-        result = {
-            "differences": dict(zip(found, apart.tolist())),
-            "bytes": {kind: traffic.bytes(kind).tolist() for kind in KINDS},
-        }
+        result = {"differences": apart, "bytes": {kind: traffic.bytes(kind).tolist() for kind in KINDS}}
         (folder / REPORT).write_text(json.dumps(result), encoding="utf-8")
 
 
 def relative_difference(part: Tensor, whole: Tensor, rows: slice | list[int]) -> Tensor:
     """How far `part` is from those rows of `whole` at most, as a share of the largest number in `whole`."""
-    return (part - whole[rows]).abs().max() / whole.abs().max()
+    return (part - whole[rows]).abs().max().float() / whole.abs().max()
 
 
 def start_devices(layer: Layer, folder: Path) -> None:

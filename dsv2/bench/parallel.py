@@ -1,0 +1,478 @@
+"""Experts spread over several devices: equal to one device, and what the exchange costs.
+
+Started by torchrun, one process a device. Checks first that outputs, gradients and bytes are those of
+`FakeDevices`; where they are not, nothing is reported. Then: all-to-all at DeepSeek-V2's sizes against M, the
+devices a token may reach; a model trained with its experts spread out, beside the same on one device; and
+tokens a second, with the share of the time that goes into communication.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dsv2.bench.decode import default_file
+from dsv2.bench.measure import provenance, seconds, synchronize
+from dsv2.bench.traffic import Layer, differences, run_fake, run_process
+from dsv2.config import DSV2Config
+from dsv2.data import PackedDataError, PackedDataset, find_corpus, prepare
+from dsv2.moe import device_limited_top_k
+from dsv2.moe.experts import RoutedExperts
+from dsv2.moe.parallel import HIDDEN, KINDS, ExpertParallel, ProcessGroup, plan_dispatch
+from dsv2.train import TrainConfig, Trainer, start_world
+from dsv2.train.distributed import World, leave
+
+START = "torchrun --nproc-per-node 2 -m dsv2.bench parallel"
+# As a share of the largest number: sums in another order, and bf16's three digits.
+LARGEST_DIFFERENCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+LOSS_NOISE = 1e-5  # nats: what a loss of float32 is rounded to, a few times over
+EXCHANGES = 10  # in one measurement
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is run. layer: of the exchange, tokens on each device; the batch is each device's, too."""
+
+    checked: tuple[Layer, ...]
+    layer: Layer
+    dtype: torch.dtype
+    model: DSV2Config
+    batch_size: int
+    seq_len: int
+    steps: int
+    timed_steps: int
+    repeats: int = 15
+    large: int = 2**26  # bytes to each device in the exchange that is the limit
+
+
+def make_sizes(devices: int, kind: str, quick: bool, steps: int | None = None) -> Sizes:
+    """V2's layer and `small` on GPUs; on CPUs, and if quick, what two cores do in a minute."""
+    odd = Layer(devices, tokens=37, experts=6 * devices, hidden=48, width=24, k=5)
+    limited = replace(odd, tokens=19, limit=max(1, devices - 1), k=4, seed=1)
+    if kind == "cuda" and not quick:
+        lite = Layer(devices, tokens=1000, experts=16 * devices, hidden=2048, width=1408, k=6)
+        full = Layer(devices, tokens=4096, experts=160 // devices * devices, hidden=5120, width=1536, k=6)
+        small = DSV2Config.preset("small")
+        return Sizes((odd, limited, lite), full, torch.bfloat16, small, 32, 1024, steps or 300, 40)
+    layer = Layer(devices, tokens=256, experts=16 * devices, hidden=160, width=48, k=4)
+    tiny = DSV2Config.preset("tiny").replace(num_hidden_layers=2)
+    return Sizes((odd, limited), layer, torch.float32, tiny, 2, 64, steps or 6, 6, repeats=3, large=2**18)
+
+
+# ------------------------------------------------------------------------------------------- is it equal
+
+
+def check_layer(layer: Layer, dtype: torch.dtype, world: World) -> dict[str, Any]:
+    """One layer forward and backward on all processes, beside `FakeDevices`, on each of them.
+
+    Raises RuntimeError, on all processes, where they differ.
+    """
+    expected, fake = run_fake(layer, world.device, dtype)
+    found, real = run_process(layer, world.device, dtype)
+    apart, traffic = differences(layer, world.rank, found, expected), real.all_traffic()
+    if not torch.equal(traffic.counts, fake.traffic.counts):
+        raise RuntimeError(f"other bytes than FakeDevices({layer.devices}) counts, for {layer}")
+    if not all(value < LARGEST_DIFFERENCE[dtype] for value in apart.values()):
+        raise RuntimeError(f"other numbers than FakeDevices({layer.devices}) gives, for {layer}: {apart}")
+    sent = {kind: int(traffic.bytes(kind).sum()) for kind in KINDS}
+    return {"layer": asdict(layer), "dtype": _name(dtype), "differences": apart, "bytes": sent}
+
+
+# ------------------------------------------------------------------------------------- how long it takes
+
+
+def slowest(work: Callable[[], object], world: World, repeats: int, calls: int = 1) -> float:
+    """Seconds of one call, the median over measurements of the slowest process's mean."""
+
+    def all_calls() -> None:
+        for _ in range(calls):
+            work()
+
+    all_calls()
+    times = []
+    for _ in range(repeats):
+        world.barrier()
+        times.append(seconds(all_calls) / calls)
+    found = torch.tensor(times, dtype=torch.float64, device=world.device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return statistics.median(found.tolist())
+
+
+def exchange_rate(world: World, sizes: Sizes) -> float:
+    """Bytes a second that each device sends to the others in an exchange of equal, large parts: the limit."""
+    devices, rows = ProcessGroup(), [1] * world.size
+    parts = torch.ones(world.size, sizes.large, dtype=torch.uint8, device=world.device)
+    taken = slowest(
+        lambda: devices.move("dispatch", [parts], [rows], [rows]), world, sizes.repeats, EXCHANGES
+    )
+    return (world.size - 1) * sizes.large / taken
+
+
+def measure_exchange(layer: Layer, limit: int, world: World, sizes: Sizes) -> dict[str, Any]:
+    """A layer with random affinities, tokens limited to so many devices: bytes, times, shares of the time."""
+    on, dtype = world.device, sizes.dtype
+    random = torch.Generator(on).manual_seed(world.rank)
+    scores = torch.randn(1, layer.tokens, layer.experts, generator=random, device=on).softmax(dim=-1)
+    chosen = device_limited_top_k(scores, layer.k, layer.devices, limit)
+    ids, weights = chosen.expert_ids[0], chosen.weights[0].requires_grad_()
+    x = torch.randn(layer.tokens, layer.hidden, generator=random, device=on).to(dtype).requires_grad_()
+    slope = torch.randn_like(x)
+    with torch.device(on):
+        local = RoutedExperts(layer.experts // layer.devices, layer.hidden, layer.width).to(dtype)
+    with torch.no_grad():
+        for parameter in local.parameters():
+            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=random)
+    devices = ProcessGroup()
+    run = ExpertParallel(layer.placement, devices)
+
+    def step() -> None:
+        out = run(local, x, ids, weights)
+        out.backward(slope)
+        x.grad = weights.grad = None
+        local.zero_grad(set_to_none=True)
+
+    step()
+    traffic = devices.all_traffic()
+    plan = plan_dispatch(ids, layer.placement)
+    to = [plan.counts[:, 0].tolist()]
+    by = [traffic.rows("dispatch", own=True)[:, world.rank].tolist()]
+    states = x.detach().index_select(0, plan.tokens)
+    taken = slowest(lambda: devices.move("dispatch", [states], to, by), world, sizes.repeats, EXCHANGES)
+    return {
+        "limit": limit,
+        "sent": traffic.sent("dispatch").tolist(),
+        "received": traffic.received("dispatch").tolist(),
+        "all_hidden": int(sum(traffic.bytes(*HIDDEN, *(f"{kind} gradient" for kind in HIDDEN)).sum(dim=1))),
+        "dispatch_seconds": taken,
+        "layer_seconds": slowest(step, world, sizes.repeats),
+        "shares": device_shares(lambda: [step() for _ in range(sizes.repeats)], world),
+    }
+
+
+# ------------------------------------------------------------------------------- what the GPU does meanwhile
+
+Interval = tuple[float, float]
+
+
+def covered(intervals: Iterable[Interval]) -> list[Interval]:
+    """The same stretch of time as intervals that do not overlap, in order."""
+    merged: list[list[float]] = []
+    for start, end in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], end)
+        else:
+            merged.append([start, end])
+    return [(start, end) for start, end in merged]
+
+
+def time_shares(computing: Sequence[Interval], communicating: Sequence[Interval]) -> dict[str, float]:
+    """Which part of the time, from the first start to the last end, goes into what; they add up to 1.
+
+    "idle" is neither, in which the device waits for the host.
+    """
+    every = [*computing, *communicating]
+    if not every:
+        return {}
+    total = max(end for _, end in every) - min(start for start, _ in every)
+    one, other, either = (
+        sum(end - start for start, end in covered(some)) for some in (computing, communicating, every)
+    )
+    parts = {
+        "computing": either - other,
+        "both": one + other - either,
+        "communicating": either - one,
+        "idle": total - either,
+    }
+    return {name: part / total for name, part in parts.items()}
+
+
+def device_shares(work: Callable[[], object], world: World) -> dict[str, float]:
+    """`time_shares` of this GPU while it works, averaged over the processes; {} on CPUs.
+
+    Communication is NCCL's kernels, in which a device also waits for the others.
+    """
+    if world.device.type != "cuda":
+        work()
+        return {}
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    work()
+    synchronize()
+    if world.size > 1:
+        world.barrier()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        work()
+        synchronize()
+    kernels: dict[bool, list[Interval]] = {True: [], False: []}
+    for event in profiled.events():
+        marked = getattr(event, "is_user_annotation", False) or event.name.startswith(("nccl:", "FSDP"))
+        if event.device_type == DeviceType.CUDA and not marked:
+            at = event.time_range
+            kernels[event.name.startswith("nccl")].append((at.start, at.end))
+    shares = time_shares(kernels[False], kernels[True])
+    values = world.sum(torch.tensor(list(shares.values()), device=world.device)) / world.size
+    return {name: round(value, 4) for name, value in zip(shares, values.tolist())}
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def train(sizes: Sizes, data: PackedDataset, world: World, **settings: Any) -> Trainer:
+    """A trainer of the model that looks at nothing but its own steps."""
+    quiet = dict(validate_every=0, sample_every=0, save_every=0)
+    config = TrainConfig(seq_len=sizes.seq_len, lr=1e-3, **quiet, **settings)
+    return Trainer(sizes.model, config, data, world=world)
+
+
+def losses_of(trainer: Trainer) -> list[float]:
+    """Of every step to the end of the run."""
+    return [round(metrics["loss"], 6) for metrics in trainer]
+
+
+def free_memory() -> None:
+    """Of a trainer that nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def compare_losses(sizes: Sizes, data: PackedDataset, world: World, dtype: str) -> dict[str, list[float]]:
+    """The losses of the same run on one device, with the batch in parts, and with experts on all devices.
+
+    The second is the measure for the third: it computes the same sums in another order on one device.
+    """
+    batch, alone = sizes.batch_size, World(world.device)
+    settings = dict(steps=sizes.steps, batch_size=batch, dtype=dtype)
+    losses: dict[str, list[float]] = {}
+    # Two devices do one each at the same time.
+    parts = {"one device": 1, "one device, batch in parts": world.size}
+    for number, (name, micro) in enumerate(parts.items()):
+        if number % world.size == world.rank:
+            losses[name] = losses_of(train(sizes, data, alone, **settings, micro_batches=micro))
+            free_memory()
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, losses)
+    for other in gathered:
+        losses |= other
+    spread_out = losses_of(train(sizes, data, world, **settings))
+    free_memory()
+    return {name: losses[name] for name in parts} | {"experts on all devices": spread_out}
+
+
+def losses_agree(losses: Mapping[str, Sequence[float]]) -> bool:
+    """Whether many devices are no further from one, on average, than twice what rounding alone makes."""
+    one, parts, spread_out = (np.array(values) for values in losses.values())
+    noise = np.abs(parts - one).mean()
+    return bool(np.abs(spread_out - one).mean() <= 2 * noise + LOSS_NOISE)
+
+
+def measure_speed(sizes: Sizes, data: PackedDataset, world: World, dtype: str) -> list[dict[str, Any]]:
+    """Tokens a second, each device with a batch of its own, and where the time goes: three ways to train."""
+    ways = {"one device": World(world.device)}
+    if world.size > 1:
+        ways |= {"weights spread": replace(world, expert_mesh=None), "experts spread": world}
+    rows = []
+    for how, its_world in ways.items():
+        row = None
+        if world.rank < its_world.size:
+            batch = sizes.batch_size * its_world.size
+            steps = 4 * sizes.timed_steps  # more than are taken
+            trainer = train(sizes, data, its_world, steps=steps, batch_size=batch, dtype=dtype)
+            rates = [trainer.train_step()["tokens_per_s"] for _ in range(sizes.timed_steps)]
+            rate = statistics.median(rates[sizes.timed_steps // 3 :])
+
+            def several(trainer=trainer) -> None:
+                for _ in range(3):
+                    trainer.train_step()
+
+            shares = device_shares(several, its_world)
+            row = {"how": how, "devices": its_world.size, "tokens_per_s": round(rate), "shares": shares}
+            del trainer, several
+            free_memory()
+        rows.append(world.broadcast(row))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------ all together
+
+
+def measure(sizes: Sizes, data: PackedDataset, world: World, say: Callable[[str], None]) -> dict[str, Any]:
+    """Everything for this number of devices. Raises RuntimeError where they do not give what one gives."""
+    checked = []
+    for dtype in dict.fromkeys((torch.float32, sizes.dtype)):
+        say(f"one layer on {world.size} devices, {_name(dtype)}: equal to FakeDevices?")
+        checked += [check_layer(layer, dtype, world) for layer in sizes.checked]
+    say("training: the losses of one device?")
+    losses = compare_losses(sizes, data, world, "float32")
+    if not losses_agree(losses):
+        raise RuntimeError(f"training on {world.size} devices has other losses than on one: {losses}")
+    rows = []
+    limits = sorted({m for m in (1, 2, 3, world.size) if m <= world.size})
+    rate = exchange_rate(world, sizes)
+    for limit in limits:
+        say(f"all-to-all, M = {limit}")
+        rows.append(measure_exchange(sizes.layer, limit, world, sizes))
+    say("tokens a second")
+    speed = measure_speed(sizes, data, world, _name(sizes.dtype))
+    return {
+        "devices": world.size,
+        "checked": checked,
+        "exchange": {
+            "layer": asdict(sizes.layer), "dtype": _name(sizes.dtype), "rate": rate, "rows": rows
+        },
+        "training": {
+            "model": sizes.model.to_dict(), "batch_size": sizes.batch_size, "seq_len": sizes.seq_len,
+            "dtype": "float32", "losses": losses,
+        },
+        "speed": {"batch_size_each": sizes.batch_size, "seq_len": sizes.seq_len,
+                  "dtype": _name(sizes.dtype), "rows": speed},
+    }  # fmt: skip
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def table(run: Mapping[str, Any]) -> str:
+    """The results for one number of devices, as text."""
+    devices, exchange, training = run["devices"], run["exchange"], run["training"]
+    layer = exchange["layer"]
+    lines = [f"{devices} devices: bytes equal to FakeDevices'; largest differences, of the largest number:"]
+    for checked in run["checked"]:
+        size, worst = checked["layer"], max(checked["differences"].values())
+        lines.append(
+            f"  {checked['dtype']:9} {size['tokens']} tokens each, {size['experts']} experts of "
+            f"{size['hidden']} x {size['width']}: {worst:.1e}"
+        )
+    one, parts, spread_out = map(np.array, training["losses"].values())
+    lines += [
+        f"training, {len(one)} steps in {training['dtype']}: loss {one[0]:.4f} to {one[-1]:.4f}; mean "
+        f"distance from one device's: experts spread {np.abs(spread_out - one).mean():.1e}, one device with "
+        f"the batch in parts {np.abs(parts - one).mean():.1e}",
+        f"all-to-all, {layer['tokens']:,} tokens each, hidden states of {layer['hidden']} {exchange['dtype']}"
+        f" numbers, {layer['k']} of {layer['experts']} experts; large equal parts: "
+        f"{exchange['rate'] / 1e9:.3g} GB/s",
+        " M    MB sent at most     dispatch   of the rate   layer forward and backward",
+    ]
+    for row in exchange["rows"]:
+        most = max(row["sent"])
+        share = most / row["dispatch_seconds"] / exchange["rate"]
+        lines.append(
+            f"{row['limit']:2} {most / 1e6:17.1f} {row['dispatch_seconds'] * 1e6:9.0f} us {share:12.0%} "
+            f"{row['layer_seconds'] * 1e3:15.2f} ms{_shown(row['shares'])}"
+        )
+    lines.append(
+        f"training in {run['speed']['dtype']}, {run['speed']['batch_size_each']} x "
+        f"{run['speed']['seq_len']:,} tokens on each device"
+    )
+    for row in run["speed"]["rows"]:
+        lines.append(
+            f"  {row['how']:15} {row['devices']} x {row['tokens_per_s'] / row['devices']:>9,.0f} tokens/s"
+            f"{_shown(row['shares'])}"
+        )
+    return "\n".join(lines)
+
+
+def _shown(shares: Mapping[str, float]) -> str:
+    return "".join(f"  {name} {share:.0%}" for name, share in shares.items())
+
+
+def add_run(path: Path, report: dict[str, Any], run: Mapping[str, Any]) -> None:
+    """Put a run beside those of other numbers of devices in the file, if they are of the same kind."""
+    runs = {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if all(found[key] == report[key] for key in ("device", "versions")):
+            runs = {other["devices"]: other for other in found["runs"]}
+    except (FileNotFoundError, KeyError, json.JSONDecodeError):
+        pass
+    runs[run["devices"]] = run
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = report | {"runs": [runs[number] for number in sorted(runs)]}
+    path.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog=START,
+        description=__doc__.split("\n\n")[0],
+        epilog="On CPUs, and with --quick, sizes are small. The file keeps runs with other numbers of devices.",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
+    parser.add_argument("--steps", type=int, help="of the training that is compared (default: 300; CPU: 6)")
+    parser.add_argument("--quick", action="store_true", help="small sizes on a GPU too: does it run at all")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="packed text made by python -m dsv2.data --out DIR (default: the text of this machine)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="JSON to write (default: data/benchmarks/parallel_DEVICE.json, none on a CPU or if quick)",
+    )
+    options = parser.parse_args(arguments)
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps must be at least 1; got {options.steps}")
+    size = int(os.environ.get("WORLD_SIZE", 0))
+    if size < 2:
+        parser.error(f"needs 2 processes or more, one a device: {START}")
+    try:
+        world = start_world(options.device, expert_parallel=size)
+        sizes = make_sizes(size, world.device.type, options.quick, options.steps)
+        data = _find_data(options.data, world)
+    except (PackedDataError, ValueError) as error:
+        print(f"dsv2.bench: {error}", file=sys.stderr, flush=True)
+        leave(2)
+
+    def say(what: str) -> None:
+        if world.is_main:
+            print(what, file=sys.stderr, flush=True)
+
+    try:
+        run = measure(sizes, data, world, say)
+    except RuntimeError as error:
+        print(f"dsv2.bench: process {world.rank}: {error}", file=sys.stderr, flush=True)
+        leave(1)
+    if world.is_main:
+        print(table(run))
+        report = {
+            "benchmark": "parallel", **provenance(), "text": data.manifest["fingerprint"],
+            "what": "Of each number of devices: layers checked against FakeDevices; all-to-all against M "
+            "(bytes of hidden states to the experts by device, seconds of one dispatch, and of the layer "
+            "forward and backward); losses of one run on one device and on all; tokens a second. Shares: of "
+            "the time from the first kernel to the last, mean over devices.",
+        }  # fmt: skip
+        report["command"] = f"torchrun --nproc-per-node {size} -m dsv2.bench {' '.join(sys.argv[1:])}"
+        nccl = {"nccl": ".".join(map(str, torch.cuda.nccl.version()))} if world.device.type == "cuda" else {}
+        report["versions"] |= nccl
+        plain = world.device.type == "cpu" or options.quick
+        if out := options.out or (None if plain else default_file("parallel", report)):
+            add_run(out, report, run)
+            print(f"written to {out}")
+    world.barrier()
+    leave(0)
+    return 0
+
+
+def _find_data(directory: Path | None, world: World) -> PackedDataset:
+    if directory is not None:
+        return PackedDataset(directory)
+    if world.is_main:  # packs it, the first time
+        prepare(find_corpus())
+    world.barrier()
+    return prepare(find_corpus())
