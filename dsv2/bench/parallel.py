@@ -254,7 +254,7 @@ def compare_losses(sizes: Sizes, data: PackedDataset, world: World, dtype: str) 
 
     The second is the measure for the third: it computes the same sums in another order on one device.
     """
-    batch, alone = sizes.batch_size, World(world.device)
+    alone, batch = World(world.device), -(-sizes.batch_size // world.size) * world.size
     settings = dict(steps=sizes.steps, batch_size=batch, dtype=dtype)
     losses: dict[str, list[float]] = {}
     # Two devices do one each at the same time.
@@ -409,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=START,
         description=__doc__.split("\n\n")[0],
-        epilog="On CPUs, and with --quick, sizes are small. The file keeps runs with other numbers of devices.",
+        epilog="On CPUs, and with --quick, sizes are small. The file keeps runs of other numbers of devices.",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
     parser.add_argument("--steps", type=int, help="of the training that is compared (default: 300; CPU: 6)")
