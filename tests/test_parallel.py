@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -434,14 +434,21 @@ def plant(monkeypatch, name: str) -> None:
     plan, run, add, homes = (
         getattr(parallel, part) for part in ("plan_dispatch", "run_inbox", "combine", "_homes")
     )
+
+    def twice(inbox):
+        return replace(inbox, weights=inbox.weights.square())
+
+    def apart(inbox):
+        return replace(inbox, weights=inbox.weights.detach())
+
     if name == "sent once for every expert":
         monkeypatch.setattr(parallel, "plan_dispatch", lambda *given: one_by_one(plan(*given)))
     elif name == "dropped pairs sent all the same":
         monkeypatch.setattr(parallel, "plan_dispatch", lambda i, p, kept: plan(i, p))
     elif name == "weights applied twice":
-        monkeypatch.setattr(parallel, "run_inbox", lambda u, inbox, g, *w: run(u, inbox, g * g, *w))
+        monkeypatch.setattr(parallel, "run_inbox", lambda u, inbox, *w: run(u, twice(inbox), *w))
     elif name == "no gradient to the router":
-        monkeypatch.setattr(parallel, "run_inbox", lambda u, inbox, g, *w: run(u, inbox, g.detach(), *w))
+        monkeypatch.setattr(parallel, "run_inbox", lambda u, inbox, *w: run(u, apart(inbox), *w))
     elif name == "experts of a device in another order":
 
         def mixed(placement, on):

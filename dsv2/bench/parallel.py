@@ -43,12 +43,17 @@ EXCHANGES = 10  # in one measurement
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is run. layer: of the exchange, tokens on each device; the batch is each device's, too."""
+    """What is run. layer: of the exchange, tokens on each device.
+
+    compared_batch: sequences, of all devices together, in the training whose losses are compared; batch_size:
+    on each device, where tokens a second are counted.
+    """
 
     checked: tuple[Layer, ...]
     layer: Layer
     dtype: torch.dtype
     model: DSV2Config
+    compared_batch: int
     batch_size: int
     seq_len: int
     steps: int
@@ -65,10 +70,10 @@ def make_sizes(devices: int, kind: str, quick: bool, steps: int | None = None) -
         lite = Layer(devices, tokens=1000, experts=16 * devices, hidden=2048, width=1408, k=6)
         full = Layer(devices, tokens=4096, experts=160 // devices * devices, hidden=5120, width=1536, k=6)
         small = DSV2Config.preset("small")
-        return Sizes((odd, limited, lite), full, torch.bfloat16, small, 32, 1024, steps or 300, 40)
+        return Sizes((odd, limited, lite), full, torch.bfloat16, small, 32, 64, 1024, steps or 300, 40)
     layer = Layer(devices, tokens=256, experts=16 * devices, hidden=160, width=48, k=4)
     tiny = DSV2Config.preset("tiny").replace(num_hidden_layers=2)
-    return Sizes((odd, limited), layer, torch.float32, tiny, 2, 64, steps or 6, 6, repeats=3, large=2**18)
+    return Sizes((odd, limited), layer, torch.float32, tiny, 4, 2, 64, steps or 6, 6, repeats=3, large=2**18)
 
 
 # ------------------------------------------------------------------------------------------- is it equal
@@ -254,7 +259,7 @@ def compare_losses(sizes: Sizes, data: PackedDataset, world: World, dtype: str) 
 
     The second is the measure for the third: it computes the same sums in another order on one device.
     """
-    alone, batch = World(world.device), -(-sizes.batch_size // world.size) * world.size
+    alone, batch = World(world.device), -(-sizes.compared_batch // world.size) * world.size
     settings = dict(steps=sizes.steps, batch_size=batch, dtype=dtype)
     losses: dict[str, list[float]] = {}
     # Two devices do one each at the same time.
@@ -334,7 +339,7 @@ def measure(sizes: Sizes, data: PackedDataset, world: World, say: Callable[[str]
             "layer": asdict(sizes.layer), "dtype": _name(sizes.dtype), "rate": rate, "rows": rows
         },
         "training": {
-            "model": sizes.model.to_dict(), "batch_size": sizes.batch_size, "seq_len": sizes.seq_len,
+            "model": sizes.model.to_dict(), "batch_size": sizes.compared_batch, "seq_len": sizes.seq_len,
             "dtype": "float32", "losses": losses,
         },
         "speed": {"batch_size_each": sizes.batch_size, "seq_len": sizes.seq_len,

@@ -19,7 +19,7 @@ Source: DeepSeek-V2, arXiv 2405.04434, sections 2.2.2 and 2.2.3.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -136,37 +136,32 @@ def plan_dispatch(
 class Inbox:
     """What one device has received. Messages are ordered by source, then token.
 
-    source, tokens: (R,), where a message comes from, and its token's number there. expert_ids: (R, K), the
-    experts it asks for (numbered among all E), -1 where there is none. weights: (R, K), what to multiply
-    their outputs by (without gradient; it travels apart).
+    counts: how many messages came from each device. tokens: (R,), the token's number there. expert_ids:
+    (R, K), the experts a message asks for (numbered among all E), -1 where there is none. weights: (R, K),
+    what to multiply their outputs by.
     """
 
-    source: Int[Tensor, " R"]
+    counts: Sequence[int]
     tokens: Int[Tensor, " R"]
     expert_ids: Int[Tensor, "R K"]
     weights: Float[Tensor, "R K"]
 
+    @property
+    def source(self) -> list[int]:
+        """The device that each message comes from."""
+        return [device for device, count in enumerate(self.counts) for _ in range(count)]
+
     def messages(self) -> Iterator[tuple[int, int, list[int], list[float]]]:
         """Message by message: source device, token, expert ids, weights."""
-        parts = (part.tolist() for part in (self.source, self.tokens, self.expert_ids, self.weights))
-        for source, token, ids, weights in zip(*parts):
+        parts = (part.tolist() for part in (self.tokens, self.expert_ids, self.weights))
+        for source, token, ids, weights in zip(self.source, *parts):
             asked = [slot for slot, i in enumerate(ids) if i >= 0]
             yield source, token, [ids[slot] for slot in asked], [weights[slot] for slot in asked]
-
-
-def open_inbox(
-    numbers: Int[Tensor, "R K_plus_1"], weights: Float[Tensor, "R K"], counts: Sequence[int]
-) -> Inbox:
-    """What `Dispatch.numbers` and `Dispatch.gates` sent; counts: how many messages came from each device."""
-    source = torch.arange(len(counts), device=numbers.device)
-    source = source.repeat_interleave(torch.tensor(counts, device=numbers.device), output_size=len(numbers))
-    return Inbox(source, numbers[:, 0], numbers[:, 1:], weights.detach())
 
 
 def run_inbox(
     states: Float[Tensor, "R D"],
     inbox: Inbox,
-    weights: Float[Tensor, "R K"],
     pairs: int,
     placement: Placement,
     w_gate_up: Float[Tensor, "L twoI D"],
@@ -174,13 +169,13 @@ def run_inbox(
 ) -> Float[Tensor, "R D"]:
     """sum_i g_i FFN_i(u) over one device's experts i, for every message (a part of equation 20's sum).
 
-    weights: the inbox's, with their gradient. pairs: how many experts are asked for in all.
+    pairs: how many experts are asked for in all.
     """
     _, places = _homes(placement, states.device)
     asked = inbox.expert_ids >= 0
     local_ids = places[inbox.expert_ids.clamp(min=0)]
     stacks = w_gate_up.to(states.dtype), w_down.to(states.dtype)
-    return run_experts(states, local_ids, weights, *stacks, kept=asked, count=pairs)
+    return run_experts(states, local_ids, inbox.weights, *stacks, kept=asked, count=pairs)
 
 
 def combine(
@@ -420,18 +415,22 @@ class ExpertParallel:
         # First, how much will come: one row from everyone to everyone.
         once = [[1] * devices.size for _ in plans]
         counts = devices.move("metadata", [plan.counts for plan in plans], once, once)
-        sent, came = ([count.T.tolist() for count in c] for c in ([plan.counts for plan in plans], counts))
-        to, by = ([messages for messages, _ in c] for c in (sent, came))
+        both = [torch.stack([plan.counts.T, came.T]).tolist() for plan, came in zip(plans, counts)]
+        to, by = [sent[0] for sent, _ in both], [came[0] for _, came in both]
+        asked = [sum(pairs) for _, (_, pairs) in both]
 
         states = [own.index_select(0, plan.tokens) for own, plan in zip(x, plans)]
         states = devices.exchange("dispatch", states, to, by)
         numbers = devices.move("metadata", [plan.numbers(i) for i, plan in zip(ids, plans)], to, by)
         gates = devices.exchange("metadata", [plan.gates(g) for g, plan in zip(weights, plans)], to, by)
 
-        devices.inboxes = [open_inbox(*letter) for letter in zip(numbers, gates, by)]
-        results = [
-            run_inbox(u, inbox, g, sum(pairs), placement, *local)
-            for u, inbox, g, (_, pairs), local in zip(states, devices.inboxes, gates, came, local_weights)
+        inboxes = [
+            Inbox(count, number[:, 0], number[:, 1:], g) for count, number, g in zip(by, numbers, gates)
         ]
+        results = [
+            run_inbox(u, inbox, pairs, placement, *local)
+            for u, inbox, pairs, local in zip(states, inboxes, asked, local_weights)
+        ]
+        devices.inboxes = [replace(inbox, weights=inbox.weights.detach()) for inbox in inboxes]
         results = devices.exchange("combine", results, by, to)
         return torch.cat([combine(*back) for back in zip(results, plans, to, sizes)])
