@@ -14,6 +14,7 @@ import json
 import os
 import statistics
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -68,9 +69,9 @@ def make_sizes(devices: int, kind: str, quick: bool, steps: int | None = None) -
     limited = replace(odd, tokens=19, limit=max(1, devices - 1), k=4, seed=1)
     if kind == "cuda" and not quick:
         lite = Layer(devices, tokens=1000, experts=16 * devices, hidden=2048, width=1408, k=6)
-        full = Layer(devices, tokens=4096, experts=160 // devices * devices, hidden=5120, width=1536, k=6)
+        full = Layer(devices, tokens=16_384, experts=160 // devices * devices, hidden=5120, width=1536, k=6)
         small = DSV2Config.preset("small")
-        return Sizes((odd, limited, lite), full, torch.bfloat16, small, 32, 64, 1024, steps or 300, 40)
+        return Sizes((odd, limited, lite), full, torch.bfloat16, small, 32, 128, 1024, steps or 300, 24)
     layer = Layer(devices, tokens=256, experts=16 * devices, hidden=160, width=48, k=4)
     tiny = DSV2Config.preset("tiny").replace(num_hidden_layers=2)
     return Sizes((odd, limited), layer, torch.float32, tiny, 4, 2, 64, steps or 6, 6, repeats=3, large=2**18)
@@ -218,7 +219,8 @@ def device_shares(work: Callable[[], object], world: World) -> dict[str, float]:
     synchronize()
     if world.size > 1:
         world.barrier()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+    with warnings.catch_warnings(), profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        warnings.simplefilter("ignore")  # of what is kept over several cycles; this is one
         work()
         synchronize()
     kernels: dict[bool, list[Interval]] = {True: [], False: []}
