@@ -138,8 +138,10 @@ def test_two_processes_write_what_they_measure(tmp_path):
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
     report = json.loads(out.read_text(encoding="utf-8"))
-    assert report["command"].startswith("torchrun --nproc-per-node 2 -m dsv2.bench parallel")
     (run,) = report["runs"]
+    assert list(run["commands"]) == list(bench.SECTIONS)
+    for command in run["commands"].values():
+        assert command.startswith("torchrun --nproc-per-node 2 -m dsv2.bench parallel --steps 3")
     assert run["devices"] == 2 and len(run["checked"]) == 2
     losses = run["training"]["losses"]
     assert [len(values) for values in losses.values()] == [3, 3, 3] and bench.losses_agree(losses)
@@ -155,14 +157,21 @@ def test_two_processes_write_what_they_measure(tmp_path):
     assert "2 devices: bytes equal to FakeDevices'" in ran.stdout
 
 
-def test_runs_of_other_numbers_of_devices_stay_in_the_file(tmp_path):
-    path, report = tmp_path / "a" / "parallel.json", {"device": "GPU", "versions": {"torch": "3"}}
-    for run in ({"devices": 4, "n": 1}, {"devices": 2, "n": 2}, {"devices": 4, "n": 3}):
+def test_the_file_keeps_other_runs_and_other_sections(tmp_path):
+    path = tmp_path / "a" / "parallel.json"
+    report = {"device": "GPU", "versions": {"torch": "3"}, "text": "t"}
+    for devices, section, value in ((4, "speed", 1), (2, "speed", 2), (4, "exchange", 3), (4, "speed", 4)):
+        run = {"devices": devices, section: value, "commands": {section: f"run {value}"}}
         bench.add_run(path, report, run)
-    stored = json.loads(path.read_text())
-    assert stored["runs"] == [{"devices": 2, "n": 2}, {"devices": 4, "n": 3}] and stored["device"] == "GPU"
-    bench.add_run(path, report | {"device": "other GPU"}, {"devices": 8})
-    assert json.loads(path.read_text())["runs"] == [{"devices": 8}]
+    two, four = json.loads(path.read_text())["runs"]
+    assert two == {"devices": 2, "speed": 2, "commands": {"speed": "run 2"}}
+    assert (four["speed"], four["exchange"]) == (4, 3)
+    assert four["commands"] == {"speed": "run 4", "exchange": "run 3"}
+    other = {"devices": 8, "commands": {}}
+    for change in ({"device": "other GPU"}, {"versions": {"torch": "4"}}, {"text": "u"}):
+        bench.add_run(path, report | change, other)
+        assert json.loads(path.read_text())["runs"] == [other]
+        bench.add_run(path, report, {"devices": 2, "commands": {}})
 
 
 @pytest.mark.parametrize(

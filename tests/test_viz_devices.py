@@ -13,6 +13,7 @@ from matplotlib.patches import FancyArrowPatch
 from test_viz import outside, overlaps, texts_of
 
 from dsv2.bench import device_limit
+from dsv2.bench import parallel as parallel_bench
 from dsv2.config import DSV2Config
 from dsv2.moe.experts import RoutedExperts
 from dsv2.moe.parallel import KINDS, ExpertParallel, FakeDevices, Placement
@@ -20,9 +21,8 @@ from dsv2.viz import devices as viz
 from dsv2.viz.devices import EXPLORED_EXPERTS, EXPLORED_TOKENS, HIDDEN_BYTES, PLACEMENTS, explored_traffic
 from dsv2.viz.style import SMALL, describe
 
-STORED = json.loads(
-    (Path(__file__).resolve().parents[1] / "data" / "runs" / "device_limit.json").read_text(encoding="utf-8")
-)
+DATA = Path(__file__).resolve().parents[1] / "data"
+STORED = json.loads((DATA / "runs" / "device_limit.json").read_text(encoding="utf-8"))
 
 # ------------------------------------------------------------------------------------------ the messages
 
@@ -281,6 +281,51 @@ def test_the_explorer_s_traffic_equals_a_count_with_sets(devices, k, limit, plac
         for device in {e // each for e in chosen} - {int(t // per_device)}:
             counts[int(t // per_device), device] += 1
     assert rows.tolist() == counts.tolist()
+
+
+@pytest.fixture(scope="module")
+def gpus():
+    stored = json.loads((DATA / "benchmarks" / "parallel_h100.json").read_text(encoding="utf-8"))
+    return stored["runs"]
+
+
+def test_the_stored_run_of_gpus_agrees_with_one_device(gpus):
+    for run in gpus:
+        for checked in run["checked"]:
+            kind = getattr(torch, checked["dtype"])
+            assert max(checked["differences"].values()) < parallel_bench.LARGEST_DIFFERENCE[kind]
+        assert parallel_bench.losses_agree(run["training"]["losses"])
+        assert [row["limit"] for row in run["exchange"]["rows"]] == sorted({1, 2, 3, run["devices"]})[
+            : run["devices"]
+        ]
+        for row in [*run["exchange"]["rows"], *run["speed"]["rows"]]:
+            assert sum(row["shares"].values()) == pytest.approx(1, abs=5e-4)
+
+
+def test_losses_on_gpus_are_drawn_and_said(gpus):
+    figure = viz.spread_losses(gpus[0])
+    one, parts, spread_out = (np.array(v) for v in gpus[0]["training"]["losses"].values())
+    left, right = figure.axes
+    np.testing.assert_array_equal(left.lines[0].get_ydata(), one)
+    np.testing.assert_array_equal(left.lines[1].get_ydata(), spread_out)
+    for line, values in zip(right.lines, (parts, spread_out)):
+        np.testing.assert_allclose(line.get_ydata(), np.maximum(abs(values - one), 1e-6))
+    said = describe(figure)
+    assert f"{abs(spread_out - one).mean():.4f} (experts on 2 GPUs)" in said and f"{len(one)} steps" in said
+    assert not overlaps(figure, texts_of(figure)) and not outside(figure)
+
+
+def test_the_bars_of_a_step_are_its_time(gpus):
+    figure = viz.spread_times(gpus[0])
+    (ax,), speed = figure.axes, gpus[0]["speed"]
+    for place, row in enumerate(speed["rows"]):
+        bars = [bar for bar in ax.patches if round(bar.get_y() + bar.get_height() / 2) == place]
+        tokens = speed["batch_size_each"] * speed["seq_len"] * row["devices"]
+        assert sum(b.get_width() for b in bars) == pytest.approx(
+            1000 * tokens / row["tokens_per_s"], rel=1e-3
+        )
+        assert f"{row['tokens_per_s']:,} tokens/s" in describe(figure)
+    assert not overlaps(figure, texts_of(figure)) and not outside(figure)
 
 
 def test_popular_experts_together_crowd_one_device_and_a_limit_bounds_what_is_sent():

@@ -69,9 +69,9 @@ def make_sizes(devices: int, kind: str, quick: bool, steps: int | None = None) -
     limited = replace(odd, tokens=19, limit=max(1, devices - 1), k=4, seed=1)
     if kind == "cuda" and not quick:
         lite = Layer(devices, tokens=1000, experts=16 * devices, hidden=2048, width=1408, k=6)
-        full = Layer(devices, tokens=16_384, experts=160 // devices * devices, hidden=5120, width=1536, k=6)
+        full = Layer(devices, tokens=4096, experts=160 // devices * devices, hidden=5120, width=1536, k=6)
         small = DSV2Config.preset("small")
-        return Sizes((odd, limited, lite), full, torch.bfloat16, small, 32, 128, 1024, steps or 300, 24)
+        return Sizes((odd, limited, lite), full, torch.bfloat16, small, 32, 64, 1024, steps or 300, 40)
     layer = Layer(devices, tokens=256, experts=16 * devices, hidden=160, width=48, k=4)
     tiny = DSV2Config.preset("tiny").replace(num_hidden_layers=2)
     return Sizes((odd, limited), layer, torch.float32, tiny, 4, 2, 64, steps or 6, 6, repeats=3, large=2**18)
@@ -316,37 +316,43 @@ def measure_speed(sizes: Sizes, data: PackedDataset, world: World, dtype: str) -
 # ------------------------------------------------------------------------------------------ all together
 
 
-def measure(sizes: Sizes, data: PackedDataset, world: World, say: Callable[[str], None]) -> dict[str, Any]:
-    """Everything for this number of devices. Raises RuntimeError where they do not give what one gives."""
-    checked = []
-    for dtype in dict.fromkeys((torch.float32, sizes.dtype)):
-        say(f"one layer on {world.size} devices, {_name(dtype)}: equal to FakeDevices?")
-        checked += [check_layer(layer, dtype, world) for layer in sizes.checked]
-    say("training: the losses of one device?")
+def check(sizes: Sizes, data: PackedDataset, world: World) -> list[dict[str, Any]]:
+    types = dict.fromkeys((torch.float32, sizes.dtype))
+    return [check_layer(layer, dtype, world) for dtype in types for layer in sizes.checked]
+
+
+def compare_training(sizes: Sizes, data: PackedDataset, world: World) -> dict[str, Any]:
     losses = compare_losses(sizes, data, world, "float32")
     if not losses_agree(losses):
         raise RuntimeError(f"training on {world.size} devices has other losses than on one: {losses}")
-    rows = []
-    limits = sorted({m for m in (1, 2, 3, world.size) if m <= world.size})
-    rate = exchange_rate(world, sizes)
-    for limit in limits:
-        say(f"all-to-all, M = {limit}")
-        rows.append(measure_exchange(sizes.layer, limit, world, sizes))
-    say("tokens a second")
-    speed = measure_speed(sizes, data, world, _name(sizes.dtype))
     return {
-        "devices": world.size,
-        "checked": checked,
-        "exchange": {
-            "layer": asdict(sizes.layer), "dtype": _name(sizes.dtype), "rate": rate, "rows": rows
-        },
-        "training": {
-            "model": sizes.model.to_dict(), "batch_size": sizes.compared_batch, "seq_len": sizes.seq_len,
-            "dtype": "float32", "losses": losses,
-        },
-        "speed": {"batch_size_each": sizes.batch_size, "seq_len": sizes.seq_len,
-                  "dtype": _name(sizes.dtype), "rows": speed},
+        "model": sizes.model.to_dict(), "batch_size": sizes.compared_batch, "seq_len": sizes.seq_len,
+        "dtype": "float32", "losses": losses,
     }  # fmt: skip
+
+
+def measure_exchanges(sizes: Sizes, data: PackedDataset, world: World) -> dict[str, Any]:
+    limits = sorted({m for m in (1, 2, 3, world.size) if m <= world.size})
+    return {
+        "layer": asdict(sizes.layer), "dtype": _name(sizes.dtype), "rate": exchange_rate(world, sizes),
+        "rows": [measure_exchange(sizes.layer, limit, world, sizes) for limit in limits],
+    }  # fmt: skip
+
+
+def measure_training(sizes: Sizes, data: PackedDataset, world: World) -> dict[str, Any]:
+    return {
+        "batch_size_each": sizes.batch_size, "seq_len": sizes.seq_len, "dtype": _name(sizes.dtype),
+        "rows": measure_speed(sizes, data, world, _name(sizes.dtype)),
+    }  # fmt: skip
+
+
+# In this order; each raises RuntimeError where many devices do not give what one gives.
+SECTIONS: dict[str, Callable[[Sizes, PackedDataset, World], Any]] = {
+    "checked": check,
+    "training": compare_training,
+    "exchange": measure_exchanges,
+    "speed": measure_training,
+}
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -354,62 +360,78 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def table(run: Mapping[str, Any]) -> str:
-    """The results for one number of devices, as text."""
-    devices, exchange, training = run["devices"], run["exchange"], run["training"]
-    layer = exchange["layer"]
-    lines = [f"{devices} devices: bytes equal to FakeDevices'; largest differences, of the largest number:"]
-    for checked in run["checked"]:
-        size, worst = checked["layer"], max(checked["differences"].values())
+    """The results for one number of devices, as text: of the sections that it has."""
+    lines = []
+    if "checked" in run:
+        lines += [
+            f"{run['devices']} devices: bytes equal to FakeDevices', for every pair and kind",
+            "largest differences of output and gradients, as a share of the largest number there:",
+        ]
+        for checked in run["checked"]:
+            size, worst = checked["layer"], max(checked["differences"].values())
+            lines.append(
+                f"  {checked['dtype']:9} {size['tokens']:5} tokens each, {size['experts']} experts of "
+                f"{size['hidden']} x {size['width']}: {worst:.1e}"
+            )
+    if training := run.get("training"):
+        one, parts, spread_out = map(np.array, training["losses"].values())
+        lines += [
+            f"training, {len(one)} steps in {training['dtype']}: loss {one[0]:.4f} to {one[-1]:.4f}",
+            "mean distance from the losses of one device:",
+            f"  experts on all devices          {np.abs(spread_out - one).mean():.1e}",
+            f"  one device, the batch in parts  {np.abs(parts - one).mean():.1e}",
+        ]
+    if exchange := run.get("exchange"):
+        layer = exchange["layer"]
+        lines += [
+            f"all-to-all, {layer['tokens']:,} tokens each, {layer['k']} of {layer['experts']} experts, "
+            f"hidden states of {layer['hidden']} {exchange['dtype']} numbers",
+            f"  large equal parts: {exchange['rate'] / 1e9:.0f} GB/s",
+            "  M   MB sent   dispatch   of that rate   layer, forward and backward",
+        ]
+        for row in exchange["rows"]:
+            most = max(row["sent"])
+            share = most / row["dispatch_seconds"] / exchange["rate"]
+            lines.append(
+                f"  {row['limit']}{most / 1e6:10.1f}{row['dispatch_seconds'] * 1e6:8.0f} us{share:15.0%}"
+                f"{row['layer_seconds'] * 1e3:13.2f} ms{_shown(row['shares'])}"
+            )
+    if speed := run.get("speed"):
         lines.append(
-            f"  {checked['dtype']:9} {size['tokens']} tokens each, {size['experts']} experts of "
-            f"{size['hidden']} x {size['width']}: {worst:.1e}"
+            f"training in {speed['dtype']}, {speed['batch_size_each']} x {speed['seq_len']:,} tokens on each "
+            "device"
         )
-    one, parts, spread_out = map(np.array, training["losses"].values())
-    lines += [
-        f"training, {len(one)} steps in {training['dtype']}: loss {one[0]:.4f} to {one[-1]:.4f}; mean "
-        f"distance from one device's: experts spread {np.abs(spread_out - one).mean():.1e}, one device with "
-        f"the batch in parts {np.abs(parts - one).mean():.1e}",
-        f"all-to-all, {layer['tokens']:,} tokens each, hidden states of {layer['hidden']} {exchange['dtype']}"
-        f" numbers, {layer['k']} of {layer['experts']} experts; large equal parts: "
-        f"{exchange['rate'] / 1e9:.3g} GB/s",
-        " M    MB sent at most     dispatch   of the rate   layer forward and backward",
-    ]
-    for row in exchange["rows"]:
-        most = max(row["sent"])
-        share = most / row["dispatch_seconds"] / exchange["rate"]
-        lines.append(
-            f"{row['limit']:2} {most / 1e6:17.1f} {row['dispatch_seconds'] * 1e6:9.0f} us {share:12.0%} "
-            f"{row['layer_seconds'] * 1e3:15.2f} ms{_shown(row['shares'])}"
-        )
-    lines.append(
-        f"training in {run['speed']['dtype']}, {run['speed']['batch_size_each']} x "
-        f"{run['speed']['seq_len']:,} tokens on each device"
-    )
-    for row in run["speed"]["rows"]:
-        lines.append(
-            f"  {row['how']:15} {row['devices']} x {row['tokens_per_s'] / row['devices']:>9,.0f} tokens/s"
-            f"{_shown(row['shares'])}"
-        )
+        for row in speed["rows"]:
+            lines.append(
+                f"  {row['how']:15}{row['devices']} x{row['tokens_per_s'] / row['devices']:9,.0f} "
+                f"tokens/s{_shown(row['shares'])}"
+            )
     return "\n".join(lines)
 
 
 def _shown(shares: Mapping[str, float]) -> str:
-    return "".join(f"  {name} {share:.0%}" for name, share in shares.items())
+    return "".join(f"  {name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
 
 
 def add_run(path: Path, report: dict[str, Any], run: Mapping[str, Any]) -> None:
-    """Put a run beside those of other numbers of devices in the file, if they are of the same kind."""
-    runs = {}
+    """Put a run's sections beside what the file has, of this and other numbers of devices, if all are alike.
+
+    Alike: of the same device and versions, and text. Written whole or not at all.
+    """
+    runs: dict[int, dict[str, Any]] = {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if all(found[key] == report[key] for key in ("device", "versions")):
+        if all(found[key] == report[key] for key in ("device", "versions", "text")):
             runs = {other["devices"]: other for other in found["runs"]}
     except (FileNotFoundError, KeyError, json.JSONDecodeError):
         pass
-    runs[run["devices"]] = run
+    earlier = runs.get(run["devices"], {"commands": {}})
+    runs[run["devices"]] = {**earlier, **run, "commands": earlier["commands"] | run["commands"]}
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = report | {"runs": [runs[number] for number in sorted(runs)]}
-    path.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -428,9 +450,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="packed text made by python -m dsv2.data --out DIR (default: the text of this machine)",
     )
     parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION",
+        help=f"of {', '.join(SECTIONS)}; the file keeps the others (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
         "--out",
         type=Path,
-        help="JSON to write (default: data/benchmarks/parallel_DEVICE.json, none on a CPU or if quick)",
+        help="JSON to write after each section (default: data/benchmarks/parallel_DEVICE.json; none on a CPU "
+        "or if quick)",
     )
     options = parser.parse_args(arguments)
     if options.steps is not None and options.steps < 1:
@@ -446,30 +473,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dsv2.bench: {error}", file=sys.stderr, flush=True)
         leave(2)
 
-    def say(what: str) -> None:
-        if world.is_main:
-            print(what, file=sys.stderr, flush=True)
-
+    report: dict[str, Any] = {
+        "benchmark": "parallel", **provenance(), "text": data.manifest["fingerprint"],
+        "what": "Of each number of devices: layers checked against FakeDevices; losses of one run on one "
+        "device and on all; all-to-all against M (bytes of hidden states to the experts, by device; seconds "
+        "of one dispatch, and of the layer forward and backward); tokens a second. Shares: of the time from "
+        "the first kernel to the last, mean over devices.",
+    }  # fmt: skip
+    if world.device.type == "cuda":
+        report["versions"] |= {"nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    plain = world.device.type == "cpu" or options.quick
+    out = options.out or (None if plain else default_file("parallel", report))
+    command = f"torchrun --nproc-per-node {size} -m dsv2.bench {' '.join(sys.argv[1:])}"
+    command += f", {report.pop('date')}"
+    del report["command"]
+    run: dict[str, Any] = {"devices": size, "commands": {}}
     try:
-        run = measure(sizes, data, world, say)
+        for name in (name for name in SECTIONS if name in options.only):
+            if world.is_main:
+                print(f"{name} ...", file=sys.stderr, flush=True)
+            run[name] = SECTIONS[name](sizes, data, world)
+            run["commands"][name] = command
+            if world.is_main and out:
+                add_run(out, report, run)
     except RuntimeError as error:
         print(f"dsv2.bench: process {world.rank}: {error}", file=sys.stderr, flush=True)
         leave(1)
     if world.is_main:
         print(table(run))
-        report = {
-            "benchmark": "parallel", **provenance(), "text": data.manifest["fingerprint"],
-            "what": "Of each number of devices: layers checked against FakeDevices; all-to-all against M "
-            "(bytes of hidden states to the experts by device, seconds of one dispatch, and of the layer "
-            "forward and backward); losses of one run on one device and on all; tokens a second. Shares: of "
-            "the time from the first kernel to the last, mean over devices.",
-        }  # fmt: skip
-        report["command"] = f"torchrun --nproc-per-node {size} -m dsv2.bench {' '.join(sys.argv[1:])}"
-        nccl = {"nccl": ".".join(map(str, torch.cuda.nccl.version()))} if world.device.type == "cuda" else {}
-        report["versions"] |= nccl
-        plain = world.device.type == "cpu" or options.quick
-        if out := options.out or (None if plain else default_file("parallel", report)):
-            add_run(out, report, run)
+        if out:
             print(f"written to {out}")
     world.barrier()
     leave(0)

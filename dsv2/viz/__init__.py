@@ -38,6 +38,8 @@ from dsv2.viz.devices import (
     reach_bars,
     reach_shares,
     same_bytes,
+    spread_losses,
+    spread_times,
     traffic_explorer,
 )
 from dsv2.viz.diagrams import chapters_here, course_map, model_diagram
@@ -145,6 +147,8 @@ __all__ = [
     "routing_browser",
     "routing_playground",
     "same_bytes",
+    "spread_losses",
+    "spread_times",
     "save",
     "schedule_explorer",
     "schedule_figure",

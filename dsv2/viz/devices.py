@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -263,6 +263,105 @@ def same_bytes(report: Mapping[str, Any]) -> Figure:
         f"Bytes of hidden states between {devices} devices: {real:,} on real processes, {fake:,} on fake "
         f"devices, {same} for every pair.",
     )
+
+
+# ------------------------------------------------------------------------------------------ on real GPUs
+
+
+def spread_losses(run: Mapping[str, Any]) -> Figure:
+    """One run on one GPU and with its experts on several: losses, and how far they are apart.
+
+    run: of `data/benchmarks/parallel_h100.json`. The yardstick is the same run on one GPU with its batch in
+    parts, the same sums in another order.
+    """
+    losses = {name: np.array(values) for name, values in run["training"]["losses"].items()}
+    one, parts, spread_out = losses.values()
+    steps, many = np.arange(1, len(one) + 1), f"experts on {run['devices']} GPUs"
+    figure = new_figure(11.0, 4.3)
+    panels = figure.subplots(1, 2)
+    margins(figure, left=1.0, right=0.3, bottom=0.8, top=0.55, wspace=0.3)
+    panels[0].plot(steps, one, color=style.SKY, linewidth=7, label="one GPU")
+    panels[0].plot(steps, spread_out, color=style.VERMILLION, linewidth=2, label=many)
+    for values, colour, name in (
+        (parts, style.GREY, "one GPU, batch in parts"),
+        (spread_out, style.VERMILLION, many),
+    ):
+        apart = np.maximum(np.abs(values - one), 1e-6)  # to so many nats they are rounded
+        panels[1].plot(steps, apart, color=colour, linewidth=2, label=name)
+    panels[1].set_yscale("log")
+    for panel in panels:
+        style.style_axes(panel)
+        panel.legend(
+            fontsize=SMALL, frameon=False, loc="upper right" if panel is panels[0] else "lower right"
+        )
+    label(panels[0], "step", "loss (nats per token)")
+    label(panels[1], "step", "distance from one GPU's loss (nats)")
+    panels[1].yaxis.label.set_fontsize(SMALL)
+    apart = " and ".join(
+        f"{np.abs(values - one).mean():.4f} ({name})"
+        for values, name in ((spread_out, many), (parts, "one GPU, batch in parts"))
+    )
+    return finish(figure, f"Mean distance from one GPU's loss over {len(one)} steps: {apart}.")
+
+
+TIME_COLOURS = {
+    "computing": style.BLUE,
+    "both": style.PURPLE,
+    "communicating": style.VERMILLION,
+    "idle": style.tint(style.GREY, 0.35),
+}
+TIME_NAMES = {
+    "computing": "computing",
+    "both": "both at once",
+    "communicating": "communicating, or waiting for another GPU",
+    "idle": "waiting for Python",
+}
+
+
+def spread_times(run: Mapping[str, Any]) -> Figure:
+    """Where the time of a training step goes, and tokens a second: on one GPU, and two ways on several.
+
+    run: of `data/benchmarks/parallel_h100.json`. The bars' lengths are times for as many tokens on each
+    GPU.
+    """
+    speed = run["speed"]
+    tokens = speed["batch_size_each"] * speed["seq_len"]
+    figure = new_figure(10.4, 1.5 + 0.85 * len(speed["rows"]))
+    ax = figure.add_subplot()
+    margins(figure, left=2.9, right=2.2, bottom=0.8, top=0.75)
+    style.style_axes(ax, None)
+    said = []
+    names = {"one device": "one GPU", "weights spread": "{} GPUs, weights spread"}
+    names["experts spread"] = "{} GPUs, experts spread"
+    for place, row in enumerate(speed["rows"]):
+        total = 1000 * tokens * row["devices"] / row["tokens_per_s"]
+        left = 0.0
+        for part, share in row["shares"].items():
+            ax.barh(place, share * total, 0.62, left, color=TIME_COLOURS[part])
+            left += share * total
+        ax.text(
+            left,
+            place,
+            f"  {row['tokens_per_s'] / 1000:,.0f}K tokens/s",
+            va="center",
+            fontsize=BASE,
+            color=INK,
+        )
+        name = names[row["how"]].format(row["devices"])
+        parts = ", ".join(f"{part} {share:.0%}" for part, share in row["shares"].items() if share >= 0.005)
+        said.append(f"{name}: {row['tokens_per_s']:,} tokens/s, {parts}")
+    ax.set_yticks(
+        range(len(speed["rows"])), [names[row["how"]].format(row["devices"]) for row in speed["rows"]]
+    )
+    ax.invert_yaxis()
+    ax.tick_params(axis="y", length=0)
+    label(ax, f"time of a step, {tokens:,} tokens on each GPU (ms)", None)
+    handles = [Patch(color=TIME_COLOURS[part], label=text) for part, text in TIME_NAMES.items()]
+    figure.legend(
+        handles=handles, fontsize=SMALL, frameon=False, loc="upper center", ncols=4, handlelength=1.0,
+        columnspacing=1.2, handletextpad=0.4,
+    )  # fmt: skip
+    return finish(figure, f"{'; '.join(said)}.")
 
 
 # ----------------------------------------------------------------------------------------- what M costs
