@@ -14,8 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Small tensors run no faster on more threads, and on a large machine much slower.
-os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+# Small tensors run no faster on more threads, and on a large machine much slower; nor do several processes
+# of tests beside each other (pytest -n).
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, os.cpu_count() or 1) // workers)))
 
 # Triton decides at its first import whether it interprets kernels, and PyTorch imports it here and there.
 if importlib.util.find_spec("torch") and not importlib.import_module("torch").cuda.is_available():

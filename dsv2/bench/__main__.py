@@ -14,7 +14,7 @@ BENCHMARKS = {
     "moe": "a layer of experts against transformers and the limit",
     "model": "training, prefill and decoding of a whole model against transformers",
     "parallel": "experts on several devices: equal to one, all-to-all, tokens a second (by torchrun)",
-    "pretrain": "pretraining: tokens a second beside transformers in a plain loop, and a run to the end",
+    "train": "pretraining: tokens a second beside transformers in a plain loop, and a run to the end",
     "traffic": "bytes between experts on real processes, beside those counted in one",
     "routers": "models trained with experts and routers of several papers",
 }

@@ -227,7 +227,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m dsv2.bench pretrain",
+        prog="python -m dsv2.bench train",
         description=__doc__.split("\n\n")[0],
         epilog="Needs transformers >= 5.15.",
     )
@@ -259,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        help="JSON to write (default: data/benchmarks/pretrain_DEVICE.json, none if quick)",
+        help="JSON to write (default: data/benchmarks/train_DEVICE.json, none if quick)",
     )
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -287,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     with torch.device("meta"):
         model = DeepSeekV2(sizes.model)
     report: dict[str, Any] = {
-        "benchmark": "pretrain",
+        "benchmark": "train",
         "ours": "dsv2",
         "peer": "transformers",
         **provenance("transformers"),
@@ -300,7 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
         "flops_per_token": training_flops_per_token(sizes.model, sizes.seq_len).total,
         "text": data.manifest["fingerprint"],
     }
-    out = options.out or (None if options.quick else default_file("pretrain", report))
+    out = options.out or (None if options.quick else default_file("train", report))
     try:
         report["compared"] = compare(sizes, data, device, compiled)
     except RuntimeError as error:

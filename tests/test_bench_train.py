@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dsv2.bench import pretrain as bench
+from dsv2.bench import train as bench
 from dsv2.bench.__main__ import main
 from dsv2.config import DSV2Config
 
@@ -14,7 +14,7 @@ pytest.importorskip("transformers", minversion="5.15")
 
 
 def test_a_quick_run_writes_both_speeds_and_the_losses(tmp_path, capsys):
-    out, weights = tmp_path / "a" / "pretrain.json", tmp_path / "weights"
+    out, weights = tmp_path / "a" / "train.json", tmp_path / "weights"
     arguments = [
         "--quick",
         "--threads",
@@ -26,7 +26,7 @@ def test_a_quick_run_writes_both_speeds_and_the_losses(tmp_path, capsys):
         "--weights",
         str(weights),
     ]
-    assert main(["pretrain", *arguments]) == 0
+    assert main(["train", *arguments]) == 0
     report = json.loads(out.read_text(encoding="utf-8"))
     cfg = DSV2Config.preset("tiny")
     assert DSV2Config(**report["model"]) == cfg and report["parameters"] > report["activated_parameters"]
@@ -47,7 +47,7 @@ def test_a_quick_run_writes_both_speeds_and_the_losses(tmp_path, capsys):
 def test_another_model_is_not_compared(monkeypatch, capsys):
     right = bench.PlainLoop.step
     monkeypatch.setattr(bench.PlainLoop, "step", lambda loop, batch: right(loop, batch) * 1.001)
-    assert main(["pretrain", "--quick", "--threads", "1"]) == 1
+    assert main(["train", "--quick", "--threads", "1"]) == 1
     assert "the first losses differ: ours" in capsys.readouterr().err
 
 
