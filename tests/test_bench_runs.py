@@ -98,8 +98,8 @@ def test_the_command_writes_one_file_with_everything(tmp_path, monkeypatch, caps
     monkeypatch.setattr(runs.multiprocessing, "get_context", lambda method: type("", (), {"Pool": Inline}))
     monkeypatch.setattr(runs, "measure", measured)
     packed = SimpleNamespace(manifest={"fingerprint": "abc"}, directory=tmp_path)
-    monkeypatch.setattr(runs, "find_corpus", lambda **_: None)
-    monkeypatch.setattr(runs, "prepare", lambda _: packed)
+    opened = runs.text.open_text
+    monkeypatch.setattr(runs.text, "open_text", lambda given: opened(given) if given else packed)
     out = tmp_path / "new" / "runs.json"
     arguments = ["--seeds", "2", "--steps", "7", "--processes", "3", "--only", "M = 1", "M = 3"]
     stops = True

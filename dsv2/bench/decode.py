@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from dsv2.attention.baselines import grouped_attention
 from dsv2.attention.mla import absorbed_attention, expand_keys_values
-from dsv2.bench.measure import graph_seconds, product_rate, provenance, seconds
+from dsv2.bench.measure import dtype_name, graph_seconds, product_rate, provenance, seconds, write_report
 from dsv2.generate.measure import copy_bandwidth
 from dsv2.kernels import mla_decode, mla_decode_reference
 from dsv2.kernels.attention import TritonKernel, choose_kernel, run_kernel
@@ -452,7 +451,7 @@ def run(quick: bool) -> dict:
         "benchmark": "decode",
         **provenance(*(["triton"] if cuda else [])),
         "peers": peer_versions(),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "bandwidth": bandwidth,
         "product_rate": rate,
         "results": rows,
@@ -513,7 +512,6 @@ def main(arguments: list[str] | None = None) -> int:
     measured = torch.cuda.is_available() and not options.quick
     out = options.out or (default_file("decode", report) if measured else None)
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report(out, report)
         print(f"written to {out}")
     return 0

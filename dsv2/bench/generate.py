@@ -7,8 +7,6 @@ weights in use, the experts that were chosen, the cache. Both models stand on th
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import os
 import statistics
 import sys
@@ -18,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from dsv2.bench.decode import default_file
-from dsv2.bench.measure import provenance
+from dsv2.bench.measure import dtype_name, free_memory, provenance, write_report
 from dsv2.config import DSV2Config
 from dsv2.generate.measure import between, copy_bandwidth, mark, measure_decoding, random_model
 from dsv2.model import DeepSeekV2
@@ -129,9 +127,7 @@ def run(quick: bool) -> dict:
     rows = measure_ours(model, shapes, prompt, steps, bandwidth)
     parameters = model.num_parameters()
     del model
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
+    free_memory()
     packages, note = ["triton"] if cuda else [], None
     try:
         rows += measure_peer(random_peer(cfg, device, dtype), peers, prompt, 8)
@@ -141,7 +137,7 @@ def run(quick: bool) -> dict:
     return {
         "benchmark": "generate",
         **provenance(*packages),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "preset": "tiny" if small else "lite",
         "parameters": parameters,
         "bandwidth": bandwidth,
@@ -185,7 +181,6 @@ def main(arguments: list[str] | None = None) -> int:
     measured = torch.cuda.is_available() and not options.quick
     out = options.out or (default_file("generate", report) if measured else None)
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report(out, report)
         print(f"written to {out}")
     return 0

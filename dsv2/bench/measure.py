@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib.metadata
+import json
+import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from dsv2.train.run_directory import replace_file
 
 GRAPH_CALLS = 16  # at least, in a graph that is timed
 ENOUGH, LEAST = 0.3, 5  # seconds after which a graph is not replayed again, but so often at least
@@ -106,6 +112,37 @@ def product_rate(size: int = 8192, dtype: torch.dtype = torch.bfloat16) -> float
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more, so that the next to be measured has the whole GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def find_transformers() -> bool:
+    """Whether the peer is there, made quiet and kept off the network; says what to install if it is not."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import transformers
+    except ImportError:
+        print("dsv2.bench: transformers is not installed; pip install 'transformers>=5.15'", file=sys.stderr)
+        return False
+    transformers.logging.set_verbosity_error()
+    return True
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As it is stored: "bfloat16", not "torch.bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def write_report(path: Path, report: Mapping[str, Any], compact: bool = False) -> None:
+    """Write a report as JSON, whole or not at all; compact: without spaces and lines."""
+    form: dict[str, Any] = {"separators": (",", ":")} if compact else {"indent": 1}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(report, **form) + "\n")
 
 
 def provenance(*packages: str) -> dict[str, object]:

@@ -7,7 +7,6 @@ no balance losses. Of its implementations of the experts, the fastest for each t
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from dsv2.bench.measure import Pair, provenance, seconds, time_pairs
+from dsv2.bench.measure import Pair, find_transformers, provenance, seconds, time_pairs, write_report
 from dsv2.config import DSV2Config
 from dsv2.hf import save_pretrained
 from dsv2.model import DeepSeekV2
@@ -204,13 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", type=Path, help=f"JSON to write (default: data/benchmarks/{RESULTS.name}; none if quick)"
     )
     options = parser.parse_args(arguments)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import transformers
-    except ImportError:
-        print("dsv2.bench: transformers is not installed; pip install 'transformers>=5.15'", file=sys.stderr)
+    if not find_transformers():
         return 1
-    transformers.logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
     torch.manual_seed(1)
 
@@ -248,8 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(table(report))
     out = options.out or (None if options.quick else RESULTS)
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report(out, report)
         print(f"written to {out}")
     return 0
 

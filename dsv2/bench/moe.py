@@ -10,10 +10,8 @@ longer. If the two layers do not compute the same, nothing is reported.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dsv2.bench.decode import default_file
-from dsv2.bench.measure import Pair, capture, product_rate, provenance, seconds, time_pairs
+from dsv2.bench.measure import (
+    Pair,
+    capture,
+    dtype_name,
+    find_transformers,
+    product_rate,
+    provenance,
+    seconds,
+    time_pairs,
+    write_report,
+)
 from dsv2.bench.model import IMPLEMENTATIONS
 from dsv2.config import DSV2Config
 from dsv2.generate.measure import copy_bandwidth
@@ -192,7 +200,7 @@ def run(quick: bool, pairs: int) -> dict:
         "ours": "dsv2",
         "peer": "transformers",
         **provenance("transformers"),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "largest_difference": difference,
         **({"bandwidth": rates[0], "product_rate": rates[1]} if rates else {}),
         "config": cfg.to_dict(),
@@ -252,19 +260,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", type=Path, help="JSON to write (default: data/benchmarks/moe_DEVICE.json, none if quick)"
     )
     options = parser.parse_args(arguments)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import transformers
-    except ImportError:
-        print("dsv2.bench: transformers is not installed; pip install 'transformers>=5.15'", file=sys.stderr)
+    if not find_transformers():
         return 1
-    transformers.logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
     report = run(options.quick, 2 if options.quick else options.pairs)
     print(table(report))
     out = options.out or (None if options.quick else default_file("moe", report))
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report(out, report)
         print(f"written to {out}")
     return 0

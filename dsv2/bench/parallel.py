@@ -9,7 +9,6 @@ tokens a second, with the share of the time that goes into communication.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -24,11 +23,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from dsv2.bench import text
 from dsv2.bench.decode import default_file
-from dsv2.bench.measure import provenance, seconds, synchronize
+from dsv2.bench.measure import dtype_name, free_memory, provenance, seconds, synchronize, write_report
 from dsv2.bench.traffic import Layer, differences, run_fake, run_process
 from dsv2.config import DSV2Config
-from dsv2.data import PackedDataError, PackedDataset, find_corpus, prepare
+from dsv2.data import PackedDataError, PackedDataset
 from dsv2.moe import device_limited_top_k
 from dsv2.moe.experts import RoutedExperts
 from dsv2.moe.parallel import HIDDEN, KINDS, ExpertParallel, ProcessGroup, plan_dispatch
@@ -67,14 +67,18 @@ def make_sizes(devices: int, kind: str, quick: bool, steps: int | None = None) -
     """V2's layer and `small` on GPUs; on CPUs, and if quick, what two cores do in a minute."""
     odd = Layer(devices, tokens=37, experts=6 * devices, hidden=48, width=24, k=5)
     limited = replace(odd, tokens=19, limit=max(1, devices - 1), k=4, seed=1)
-    if kind == "cuda" and not quick:
+    large = kind == "cuda" and not quick
+    compared = -(-(32 if large else 4) // devices) * devices  # as much for every device
+    if large:
         lite = Layer(devices, tokens=1000, experts=16 * devices, hidden=2048, width=1408, k=6)
         full = Layer(devices, tokens=4096, experts=160 // devices * devices, hidden=5120, width=1536, k=6)
         small = DSV2Config.preset("small")
-        return Sizes((odd, limited, lite), full, torch.bfloat16, small, 32, 64, 1024, steps or 300, 40)
+        return Sizes((odd, limited, lite), full, torch.bfloat16, small, compared, 64, 1024, steps or 300, 40)
     layer = Layer(devices, tokens=256, experts=16 * devices, hidden=160, width=48, k=4)
     tiny = DSV2Config.preset("tiny").replace(num_hidden_layers=2)
-    return Sizes((odd, limited), layer, torch.float32, tiny, 4, 2, 64, steps or 6, 6, repeats=3, large=2**18)
+    return Sizes(
+        (odd, limited), layer, torch.float32, tiny, compared, 2, 64, steps or 6, 6, repeats=3, large=2**18
+    )
 
 
 # ------------------------------------------------------------------------------------------- is it equal
@@ -93,7 +97,7 @@ def check_layer(layer: Layer, dtype: torch.dtype, world: World) -> dict[str, Any
     if not all(value < LARGEST_DIFFERENCE[dtype] for value in apart.values()):
         raise RuntimeError(f"other numbers than FakeDevices({layer.devices}) gives, for {layer}: {apart}")
     sent = {kind: int(traffic.bytes(kind).sum()) for kind in KINDS}
-    return {"layer": asdict(layer), "dtype": _name(dtype), "differences": apart, "bytes": sent}
+    return {"layer": asdict(layer), "dtype": dtype_name(dtype), "differences": apart, "bytes": sent}
 
 
 # ------------------------------------------------------------------------------------- how long it takes
@@ -160,7 +164,7 @@ def measure_exchange(layer: Layer, limit: int, world: World, sizes: Sizes) -> di
         "limit": limit,
         "sent": traffic.sent("dispatch").tolist(),
         "received": traffic.received("dispatch").tolist(),
-        "all_hidden": int(sum(traffic.bytes(*HIDDEN, *(f"{kind} gradient" for kind in HIDDEN)).sum(dim=1))),
+        "all_hidden": int(traffic.bytes(*HIDDEN, *(f"{kind} gradient" for kind in HIDDEN)).sum()),
         "dispatch_seconds": taken,
         "layer_seconds": slowest(step, world, sizes.repeats),
         "shares": device_shares(lambda: [step() for _ in range(sizes.repeats)], world),
@@ -217,8 +221,7 @@ def device_shares(work: Callable[[], object], world: World) -> dict[str, float]:
 
     work()
     synchronize()
-    if world.size > 1:
-        world.barrier()
+    world.barrier()
     with warnings.catch_warnings(), profile(activities=[ProfilerActivity.CUDA]) as profiled:
         warnings.simplefilter("ignore")  # of what is kept over several cycles; this is one
         work()
@@ -249,20 +252,13 @@ def losses_of(trainer: Trainer) -> list[float]:
     return [round(metrics["loss"], 6) for metrics in trainer]
 
 
-def free_memory() -> None:
-    """Of a trainer that nothing refers to any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def compare_losses(sizes: Sizes, data: PackedDataset, world: World, dtype: str) -> dict[str, list[float]]:
     """The losses of the same run on one device, with the batch in parts, and with experts on all devices.
 
     The second is the measure for the third: it computes the same sums in another order on one device.
     """
-    alone, batch = World(world.device), -(-sizes.compared_batch // world.size) * world.size
-    settings = dict(steps=sizes.steps, batch_size=batch, dtype=dtype)
+    alone = World(world.device)
+    settings = dict(steps=sizes.steps, batch_size=sizes.compared_batch, dtype=dtype)
     losses: dict[str, list[float]] = {}
     # Two devices do one each at the same time.
     parts = {"one device": 1, "one device, batch in parts": world.size}
@@ -279,19 +275,27 @@ def compare_losses(sizes: Sizes, data: PackedDataset, world: World, dtype: str) 
     return {name: losses[name] for name in parts} | {"experts on all devices": spread_out}
 
 
+def mean_distances(losses: Mapping[str, Sequence[float]]) -> tuple[float, float]:
+    """How far from one device's losses those with the batch in parts are on average, and many devices'."""
+    one, *others = (np.array(values) for values in losses.values())
+    parts, spread_out = (float(np.abs(values - one).mean()) for values in others)
+    return parts, spread_out
+
+
 def losses_agree(losses: Mapping[str, Sequence[float]]) -> bool:
     """Whether many devices are no further from one, on average, than twice what rounding alone makes."""
-    one, parts, spread_out = (np.array(values) for values in losses.values())
-    noise = np.abs(parts - one).mean()
-    return bool(np.abs(spread_out - one).mean() <= 2 * noise + LOSS_NOISE)
+    parts, spread_out = mean_distances(losses)
+    return spread_out <= 2 * parts + LOSS_NOISE
 
 
-def measure_speed(sizes: Sizes, data: PackedDataset, world: World, dtype: str) -> list[dict[str, Any]]:
+def measure_speed(sizes: Sizes, data: PackedDataset, world: World) -> dict[str, Any]:
     """Tokens a second, each device with a batch of its own, and where the time goes: three ways to train."""
-    ways = {"one device": World(world.device)}
-    if world.size > 1:
-        ways |= {"weights spread": replace(world, expert_mesh=None), "experts spread": world}
-    rows = []
+    ways = {
+        "one device": World(world.device),
+        "weights spread": replace(world, expert_mesh=None),
+        "experts spread": world,
+    }
+    dtype, rows = dtype_name(sizes.dtype), []
     for how, its_world in ways.items():
         row = None
         if world.rank < its_world.size:
@@ -310,7 +314,7 @@ def measure_speed(sizes: Sizes, data: PackedDataset, world: World, dtype: str) -
             del trainer, several
             free_memory()
         rows.append(world.broadcast(row))
-    return rows
+    return {"batch_size_each": sizes.batch_size, "seq_len": sizes.seq_len, "dtype": dtype, "rows": rows}
 
 
 # ------------------------------------------------------------------------------------------ all together
@@ -334,15 +338,8 @@ def compare_training(sizes: Sizes, data: PackedDataset, world: World) -> dict[st
 def measure_exchanges(sizes: Sizes, data: PackedDataset, world: World) -> dict[str, Any]:
     limits = sorted({m for m in (1, 2, 3, world.size) if m <= world.size})
     return {
-        "layer": asdict(sizes.layer), "dtype": _name(sizes.dtype), "rate": exchange_rate(world, sizes),
+        "layer": asdict(sizes.layer), "dtype": dtype_name(sizes.dtype), "rate": exchange_rate(world, sizes),
         "rows": [measure_exchange(sizes.layer, limit, world, sizes) for limit in limits],
-    }  # fmt: skip
-
-
-def measure_training(sizes: Sizes, data: PackedDataset, world: World) -> dict[str, Any]:
-    return {
-        "batch_size_each": sizes.batch_size, "seq_len": sizes.seq_len, "dtype": _name(sizes.dtype),
-        "rows": measure_speed(sizes, data, world, _name(sizes.dtype)),
     }  # fmt: skip
 
 
@@ -351,12 +348,8 @@ SECTIONS: dict[str, Callable[[Sizes, PackedDataset, World], Any]] = {
     "checked": check,
     "training": compare_training,
     "exchange": measure_exchanges,
-    "speed": measure_training,
+    "speed": measure_speed,
 }
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def table(run: Mapping[str, Any]) -> str:
@@ -374,12 +367,13 @@ def table(run: Mapping[str, Any]) -> str:
                 f"{size['hidden']} x {size['width']}: {worst:.1e}"
             )
     if training := run.get("training"):
-        one, parts, spread_out = map(np.array, training["losses"].values())
+        one = training["losses"]["one device"]
+        parts, spread_out = mean_distances(training["losses"])
         lines += [
             f"training, {len(one)} steps in {training['dtype']}: loss {one[0]:.4f} to {one[-1]:.4f}",
             "mean distance from the losses of one device:",
-            f"  experts on all devices          {np.abs(spread_out - one).mean():.1e}",
-            f"  one device, the batch in parts  {np.abs(parts - one).mean():.1e}",
+            f"  experts on all devices          {spread_out:.1e}",
+            f"  one device, the batch in parts  {parts:.1e}",
         ]
     if exchange := run.get("exchange"):
         layer = exchange["layer"]
@@ -427,11 +421,7 @@ def add_run(path: Path, report: dict[str, Any], run: Mapping[str, Any]) -> None:
         pass
     earlier = runs.get(run["devices"], {"commands": {}})
     runs[run["devices"]] = {**earlier, **run, "commands": earlier["commands"] | run["commands"]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stored = report | {"runs": [runs[number] for number in sorted(runs)]}
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_report(path, report | {"runs": [runs[number] for number in sorted(runs)]})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -443,12 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
     parser.add_argument("--steps", type=int, help="of the training that is compared (default: 300; CPU: 6)")
     parser.add_argument("--quick", action="store_true", help="small sizes on a GPU too: does it run at all")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="packed text made by python -m dsv2.data --out DIR (default: the text of this machine)",
-    )
+    text.add_option(parser)
     parser.add_argument(
         "--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION",
         help=f"of {', '.join(SECTIONS)}; the file keeps the others (default: all)",
@@ -468,7 +453,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         world = start_world(options.device, expert_parallel=size)
         sizes = make_sizes(size, world.device.type, options.quick, options.steps)
-        data = _find_data(options.data, world)
+        data = _open_text(options.data, world)
     except (PackedDataError, ValueError) as error:
         print(f"dsv2.bench: {error}", file=sys.stderr, flush=True)
         leave(2)
@@ -508,10 +493,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _find_data(directory: Path | None, world: World) -> PackedDataset:
-    if directory is not None:
-        return PackedDataset(directory)
-    if world.is_main:  # packs it, the first time
-        prepare(find_corpus())
-    world.barrier()
-    return prepare(find_corpus())
+def _open_text(directory: Path | None, world: World) -> PackedDataset:
+    if directory is None:
+        if world.is_main:  # packs this machine's, the first time
+            text.open_text(None)
+        world.barrier()
+    return text.open_text(directory)

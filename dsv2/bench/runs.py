@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dsv2.bench.measure import provenance
+from dsv2.bench import text
+from dsv2.bench.measure import provenance, write_report
 from dsv2.config import DSV2Config
-from dsv2.data import PackedDataset, find_corpus, prepare
+from dsv2.data import PackedDataset
 from dsv2.data.packing import Batch, PackedDataError
 from dsv2.model import DeepSeekV2
 from dsv2.moe import drop_tokens
@@ -144,12 +145,7 @@ def main(
     )
     if large is not None:  # taken above; here for --help
         parser.add_argument("--large", action="store_true", help="larger models and longer runs, for a GPU")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="packed text made by python -m dsv2.data --out DIR (default: the text of this machine)",
-    )
+    text.add_option(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -160,7 +156,7 @@ def main(
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
-        data = PackedDataset(options.data) if options.data else prepare(find_corpus())
+        data = text.open_text(options.data)
     except PackedDataError as error:
         parser.error(f"--data: {error}")
     training = study.training.replace(steps=options.steps)
@@ -189,7 +185,8 @@ def main(
         for run in tqdm(pool.imap_unordered(_measure, tasks), total=len(tasks), unit="run", disable=None):
             done[run["name"], run["seed"]] = run
             tqdm.write(summary(run))
-            write(options.out, {**stored, "runs": [done[key] for key in wanted if key in done]})
+            report = {**stored, "runs": [done[key] for key in wanted if key in done]}
+            write_report(options.out, report, compact=True)
     print(options.out)
     return 0
 
@@ -208,14 +205,6 @@ def earlier_runs(path: Path, stored: Mapping[str, Any]) -> dict[tuple[str, int],
         }
     except (FileNotFoundError, KeyError, json.JSONDecodeError):
         return {}
-
-
-def write(path: Path, report: Mapping[str, Any]) -> None:
-    """Write a study's file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(report, separators=(",", ":")) + "\n", encoding="utf-8")
-    unfinished.replace(path)
 
 
 def summary(run: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import start_processes
 
+from dsv2.bench.measure import write_report
 from dsv2.moe import device_limited_top_k
 from dsv2.moe.experts import RoutedExperts
 from dsv2.moe.parallel import HIDDEN, KINDS, ExpertParallel, FakeDevices, Placement, ProcessGroup
@@ -280,8 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(table(report))
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report(out, report)
     return 0 if agree(report) else 1
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import itertools
-import json
 import os
 import statistics
 import sys
@@ -26,14 +24,23 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from dsv2.accounting import training_flops_per_token
+from dsv2.bench import text
 from dsv2.bench.decode import default_file
-from dsv2.bench.measure import product_rate, provenance, seconds, time_pairs
+from dsv2.bench.measure import (
+    find_transformers,
+    free_memory,
+    product_rate,
+    provenance,
+    seconds,
+    time_pairs,
+    write_report,
+)
 from dsv2.bench.model import IMPLEMENTATIONS
 from dsv2.config import PRESETS, DSV2Config
-from dsv2.data import PackedDataError, PackedDataset, find_corpus, prepare
+from dsv2.data import PackedDataError, PackedDataset
 from dsv2.hf import save_pretrained
 from dsv2.model import DeepSeekV2
-from dsv2.train import TrainConfig, Trainer
+from dsv2.train import TrainConfig, Trainer, start_world
 
 # Of the losses of the first step, in nats: bf16 rounds every product to three digits, float32 to seven.
 LARGEST_DIFFERENCE = {"bfloat16": 2e-2, "float32": 1e-4}
@@ -102,18 +109,10 @@ def fastest_loop(make: Callable[[str, str], PlainLoop], batch, kinds: tuple[str,
     return min(times, key=times.get)
 
 
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 # ------------------------------------------------------------------------------------------------- the runs
 
 
 def new_trainer(sizes: Sizes, data: PackedDataset, device: str, steps: int, **settings: Any) -> Trainer:
-    from dsv2.train import start_world
-
     config = TrainConfig(
         batch_size=sizes.batch_size, seq_len=sizes.seq_len, steps=steps, sample_every=0, save_every=0,
         dtype="bfloat16" if device == "cuda" else "float32", **settings,
@@ -156,13 +155,13 @@ def compare(sizes: Sizes, data: PackedDataset, device: str, compiled: bool) -> d
     pair = time_pairs(
         several(ours.train_step), several(lambda: peer.step(batch(next(step)))), repeats=sizes.pairs
     )
-    tokens, low_high = sizes.steps * sizes.batch_size * sizes.seq_len, pair.spread
+    tokens = sizes.steps * sizes.batch_size * sizes.seq_len
     return {
         "first_losses": [round(loss, 5) for loss in first],
         "ours": round(tokens / statistics.median(pair.ours)),
         "peer": round(tokens / statistics.median(pair.peer)),
         "ratio": round(pair.ratio, 3),
-        "ratio_range": [round(value, 3) for value in low_high],
+        "ratio_range": [round(value, 3) for value in pair.spread],
         "pairs": len(pair.ours),
         "peer_weights": chosen[0],
         "peer_experts": chosen[1],
@@ -249,12 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on a CPU (default: all cores)")
     parser.add_argument("--quick", action="store_true", help="small sizes, two turns: does it run at all")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="packed text made by python -m dsv2.data --out DIR (default: the text of this machine)",
-    )
+    text.add_option(parser)
     parser.add_argument("--weights", type=Path, metavar="DIR", help="where to write the trained model")
     parser.add_argument(
         "--out",
@@ -262,26 +256,22 @@ def main(arguments: list[str] | None = None) -> int:
         help="JSON to write (default: data/benchmarks/train_DEVICE.json, none if quick)",
     )
     options = parser.parse_args(arguments)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import transformers
-    except ImportError:
-        print("dsv2.bench: transformers is not installed; pip install 'transformers>=5.15'", file=sys.stderr)
+    if not find_transformers():
         return 1
-    transformers.logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = device == "cuda"
+    usual = ("tiny", 2, 64) if options.quick else ("small", 64, 1024) if on_gpu else ("tiny", 8, 256)
     sizes = Sizes(
-        DSV2Config.preset(options.preset or ("small" if on_gpu and not options.quick else "tiny")),
-        options.batch_size or (64 if on_gpu and not options.quick else 2 if options.quick else 8),
-        options.seq_len or (1024 if on_gpu and not options.quick else 64 if options.quick else 256),
+        DSV2Config.preset(options.preset or usual[0]),
+        options.batch_size or usual[1],
+        options.seq_len or usual[2],
         steps=1 if options.quick else 5,
         pairs=2 if options.quick else options.pairs,
     )
     compiled = on_gpu if options.compile is None else options.compile
     try:
-        data = PackedDataset(options.data) if options.data else prepare(find_corpus())
+        data = text.open_text(options.data)
     except PackedDataError as error:
         parser.error(f"--data: {error}")
     with torch.device("meta"):
@@ -308,22 +298,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if on_gpu:
         report["product_rate"] = product_rate()
-    write(out, report)
+    if out:
+        write_report(out, report)
     free_memory()
     if options.minutes:
         rate = report["compared"]["ours"]
         steps = max(1, round(options.minutes * 60 * rate / (sizes.batch_size * sizes.seq_len)))
         report["run"], trainer = train(sizes, data, device, steps, options.lr, compiled)
-        write(out, report)
+        if out:
+            write_report(out, report)
         if options.weights:
             trainer.export(options.weights)
     print(table(report))
     if out:
         print(f"written to {out}")
     return 0
-
-
-def write(path: Path | None, report: dict[str, Any]) -> None:
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
