@@ -130,40 +130,89 @@ def _grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return public(x, weights, offs=ends) if public else torch._grouped_mm(x, weights, offs=ends)
 
 
-class GroupedExperts(torch.autograd.Function):
-    """Rows gathered, two grouped products, and the weighted sum for each token; its backward pass by hand.
+def grouped_forward(
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor, order: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rows gathered, two grouped products, and the weighted sum for each token: (n, D), and (P, 2 I) between.
 
     order: (P,), the pairs, token * K + slot, sorted by expert; ends: (E,) int32, where each expert's end in
-    it. Pairs behind the last end are dropped. Nothing is added up by chance or read by the host, and the
-    loss's slope is gathered once for both products: left to autograd, the passes between them take longer.
+    it. Pairs behind the last end are dropped. Nothing is added up by chance or read by the host.
     """
+    gate_up = _grouped_mm(x.index_select(0, order // weights.shape[1]), w_gate_up.mT, ends)
+    out = _grouped_mm(prefill.swiglu(gate_up), w_down.mT, ends)
+    return prefill.add_up(out, weights, order, ends[-1:], *weights.shape), gate_up
+
+
+def grouped_backward(
+    slope: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, weights: Tensor, order: Tensor,
+    ends: Tensor, gate_up: Tensor, frozen: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients of x, weights and, unless frozen, w_gate_up and w_down, by hand.
+
+    The loss's slope is gathered once for both products; autograd would take more passes between them.
+    """
+    tokens, count = order // weights.shape[1], ends[-1:]
+    # g FFN(u) = W_down (g h): the weight goes with h, and its own slope is that of g h, times h.
+    slope = slope.index_select(0, tokens)
+    hidden, gate_up_slope, weights_slope = prefill.weighted_swiglu_backward(
+        _grouped_mm(slope, w_down, ends), gate_up, weights, order, count
+    )
+    x_slope = _grouped_mm(gate_up_slope, w_gate_up, ends)
+    x_slope = prefill.add_up(x_slope, None, order, count, *weights.shape)
+    if frozen:
+        return x_slope, weights_slope
+    w_gate_up_slope = _grouped_mm(gate_up_slope.mT, x.index_select(0, tokens), ends)
+    return x_slope, weights_slope, w_gate_up_slope, _grouped_mm(slope.mT, hidden, ends)
+
+
+class GroupedExperts(torch.autograd.Function):
+    """`grouped_forward` with the gradient of `grouped_backward`."""
 
     @staticmethod
-    def forward(ctx, x, w_gate_up, w_down, weights, order, ends):
-        gate_up = _grouped_mm(x.index_select(0, order // weights.shape[1]), w_gate_up.mT, ends)
-        out = _grouped_mm(prefill.swiglu(gate_up), w_down.mT, ends)
-        ctx.save_for_backward(x, w_gate_up, w_down, weights, order, ends, gate_up)
-        return prefill.add_up(out, weights, order, ends[-1:], *weights.shape)
+    def forward(ctx, *given):
+        out, gate_up = grouped_forward(*given)
+        ctx.save_for_backward(*given, gate_up)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, slope):
-        x, w_gate_up, w_down, weights, order, ends, gate_up = ctx.saved_tensors
-        tokens, count = order // weights.shape[1], ends[-1:]
-        # g FFN(u) = W_down (g h): the weight goes with h, and its own slope is that of g h, times h.
-        slope = slope.index_select(0, tokens)
-        hidden, gate_up_slope, weights_slope = prefill.weighted_swiglu_backward(
-            _grouped_mm(slope, w_down, ends), gate_up, weights, order, count
-        )
-        x_slope = w_gate_up_slope = w_down_slope = None
-        if ctx.needs_input_grad[0]:
-            x_slope = _grouped_mm(gate_up_slope, w_gate_up, ends)
-            x_slope = prefill.add_up(x_slope, None, order, count, *weights.shape)
-        if ctx.needs_input_grad[1]:
-            w_gate_up_slope = _grouped_mm(gate_up_slope.mT, x.index_select(0, tokens), ends)
-        if ctx.needs_input_grad[2]:
-            w_down_slope = _grouped_mm(slope.mT, hidden, ends)
-        return x_slope, w_gate_up_slope, w_down_slope, weights_slope, None, None
+        frozen = not any(ctx.needs_input_grad[1:3])
+        x, weights, *stacks = grouped_backward(slope, *ctx.saved_tensors, frozen)
+        return x, *(stacks or (None, None)), weights, None, None
+
+
+# The same for torch.compile, which takes these two as they are and fuses what lies around them.
+_SIX = "Tensor x, Tensor w_gate_up, Tensor w_down, Tensor weights, Tensor order, Tensor ends"
+grouped_op = torch.library.custom_op(
+    "dsv2::grouped_experts", grouped_forward, mutates_args=(), schema=f"({_SIX}) -> (Tensor, Tensor)"
+)
+grouped_backward_op = torch.library.custom_op(
+    "dsv2::grouped_experts_backward", grouped_backward, mutates_args=(),
+    schema=f"(Tensor slope, {_SIX}, Tensor gate_up) -> (Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+
+
+@grouped_op.register_fake
+def _(x, w_gate_up, w_down, weights, order, ends):
+    return torch.empty_like(x), x.new_empty(order.shape[0], w_gate_up.shape[1])
+
+
+@grouped_backward_op.register_fake
+def _(slope, x, w_gate_up, w_down, weights, order, ends, gate_up):
+    return tuple(map(torch.empty_like, (x, weights, w_gate_up, w_down)))
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _slopes(ctx, slope, _):
+    x, weights, w_gate_up, w_down = grouped_backward_op(slope.contiguous(), *ctx.saved_tensors)
+    return x, w_gate_up, w_down, weights, None, None
+
+
+grouped_op.register_autograd(_slopes, setup_context=_keep)
 
 
 def grouped_mm_available(x: Tensor, width: int) -> bool:
@@ -196,7 +245,9 @@ def run_experts(
     ends = torch.searchsorted(experts, every, right=True).int()
     order = order[:count]
     grouped = len(x) > 0 and grouped_mm_available(x, w_down.shape[-1])
-    if grouped and kernel_problem(x.device) is None and not torch.compiler.is_compiling():
+    if grouped and kernel_problem(x.device) is None:
+        if torch.compiler.is_compiling():
+            return grouped_op(x, w_gate_up, w_down, weights, order, ends)[0]
         return GroupedExperts.apply(x, w_gate_up, w_down, weights, order, ends)
     if kept is not None and count is None:
         order = order[: int(ends[-1])]
