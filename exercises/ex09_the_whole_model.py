@@ -35,9 +35,9 @@ def block_forward(
 
     This is the `forward` of `dsv2.model.Block`: `self` is the block, with the parts `self.attention_norm`,
     `self.attention` (of two arguments: the input, and `span`, which says who may see whom and holds RoPE's
-    angles), `self.ffn_norm` and `self.ffn`. The FFN is a dense one, of one argument, or a `DeepSeekMoE`, which
-    takes the input and attention_mask (True at real tokens) and returns its output and a `Routing`.
-    Returned are the block's output and the Routing, or None for a dense FFN.
+    angles), `self.ffn_norm` and `self.ffn`. The FFN is a dense one, of one argument, or a `DeepSeekMoE`; that
+    takes the input and attention_mask (True at real tokens) and returns its output and a `Routing`. Returned
+    are the block's output and the Routing, or None for a dense FFN.
 
     A toy of numbers: half of 2 is 1, ten times that is 10, so u = 12; then -12, and one more is -11, so 1.
 
@@ -212,4 +212,4 @@ def layer_from_hf(tensors: dict[str, Tensor], cfg: DSV2Config) -> dict[str, Tens
         ours["ffn.shared.w_gate_up.weight"] = gate_up("mlp.shared_experts")
     return ours
 
-# stub a8ece0: file 5256a8, 09.1 5eb1af, 09.2 307722, 09.3 15b224, 09.4 55d8ae, 09.5 0d0a37, 09.6 9488e0
+# stub 530d1a: file 5256a8, 09.1 3bd529, 09.2 307722, 09.3 15b224, 09.4 55d8ae, 09.5 0d0a37, 09.6 9488e0

@@ -33,9 +33,9 @@ def block_forward(
 
     This is the `forward` of `dsv2.model.Block`: `self` is the block, with the parts `self.attention_norm`,
     `self.attention` (of two arguments: the input, and `span`, which says who may see whom and holds RoPE's
-    angles), `self.ffn_norm` and `self.ffn`. The FFN is a dense one, of one argument, or a `DeepSeekMoE`, which
-    takes the input and attention_mask (True at real tokens) and returns its output and a `Routing`.
-    Returned are the block's output and the Routing, or None for a dense FFN.
+    angles), `self.ffn_norm` and `self.ffn`. The FFN is a dense one, of one argument, or a `DeepSeekMoE`; that
+    takes the input and attention_mask (True at real tokens) and returns its output and a `Routing`. Returned
+    are the block's output and the Routing, or None for a dense FFN.
 
     A toy of numbers: half of 2 is 1, ten times that is 10, so u = 12; then -12, and one more is -11, so 1.
 
