@@ -122,8 +122,10 @@ def _draw_columns(panel: Axes, found: Sequence[Parameters], left_out: Sequence[s
         base += counts
     panel.set_xlim(starts[0], starts[-1] + 1)
     panel.set_ylim(0, 1.06 * base.max())
-    panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, prune="both"))
-    panel.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    numbers = MaxNLocator(6, integer=True).tick_values(0, max(layers - 1, 1))
+    shown = [int(number) for number in numbers if 0 <= number < layers]
+    panel.set_xticks([number + 0.5 for number in shown], shown)
+    panel.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda count, _: _tick_text(count)))
 
 
@@ -297,7 +299,7 @@ def convention_dots(models: Mapping[str, tuple[DSV2Config, str]]) -> Figure:
                 mfc=style.ACTIVE if fits else style.PAPER,
             )
             panel.annotate(
-                f"{count / 1e9:.4g}",
+                f"{count / 1e9:#.4g}",
                 (count / 1e9, row),
                 xytext=(0, 11),
                 textcoords="offset points",
@@ -307,7 +309,7 @@ def convention_dots(models: Mapping[str, tuple[DSV2Config, str]]) -> Figure:
             )
             said.append(f"{name}, {convention}: {count_text(count)}{'' if fits else ', does not fit'}")
         values = [*(count / 1e9 for count in counts.values()), low, high]
-        room = 0.16 * (max(values) - min(values))
+        room = 0.2 * (max(values) - min(values))
         panel.set_xlim(min(values) - room, max(values) + room)
         panel.set_ylim(len(counts) - 0.6, -0.75)
         panel.xaxis.set_major_locator(MaxNLocator(3))
