@@ -207,8 +207,15 @@ SLIDERS: dict[str, tuple[str, tuple]] = {
 
 @lru_cache(maxsize=1)
 def _config(model: str, **fields) -> DSV2Config:
-    """The model with some fields changed; devices and limits, which count nothing, are taken out."""
-    cfg = PRESETS[MODELS[model]].replace(topk_method="greedy", n_group=1, topk_group=1)
+    """The model with some fields changed; those that hold no parameters are put where they fit any others."""
+    uncounted = {
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    cfg = PRESETS[MODELS[model]].replace(**uncounted)
     chosen = min(fields["num_experts_per_tok"], fields["n_routed_experts"])
     rank = fields["q_lora_rank"] or None
     return cfg.replace(**{**fields, "num_experts_per_tok": chosen, "q_lora_rank": rank})
