@@ -826,6 +826,13 @@ def test_an_error_while_writing_leaves_nothing_behind(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------- command line
 
 
+def test_help_states_what_the_released_models_need(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "31.4 GB (DeepSeek-V2-Lite) and 471.5 GB (DeepSeek-V2) of memory" in said
+
+
 def test_command_line_describes_and_converts(tmp_path, capsys):
     model = random_model(MLA)
     save_pretrained(model, tmp_path / "a", max_shard_bytes=9_000)

@@ -139,6 +139,31 @@ def test_choosing_a_model_moves_all_sliders():
         budget_explorer("huge")
 
 
+@pytest.mark.parametrize(
+    "fields, total, passed",
+    [
+        ({}, "235.7B", "21.38B"),
+        ({"num_experts_per_tok": 12}, "235.7B", "29.73B"),
+        ({"n_routed_experts": 320}, "458.5B", "21.42B"),
+        (
+            {"moe_intermediate_size": 768, "n_routed_experts": 320, "num_experts_per_tok": 12},
+            "234.4B",
+            "20.03B",
+        ),
+        ({"first_k_dense_replace": 12}, "195.8B", "21.37B"),
+        ({"num_attention_heads": 16}, "228.5B", "14.11B"),
+    ],
+)
+def test_what_chapter_09_says_under_its_sliders(fields, total, passed):
+    figure = budget_explorer().set(**fields)
+    assert f"in total: {total}" in texts_in(figure)
+    assert f"a token passes through {passed}" in texts_in(figure)
+
+
+def texts_in(figure) -> list[str]:
+    return [text.get_text() for text in texts_of(figure)]
+
+
 # ------------------------------------------------------------------------------------------ what counts count
 
 
