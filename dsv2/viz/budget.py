@@ -363,6 +363,7 @@ def logit_differences(found: Mapping[str, float], tolerance: float) -> Figure:
             va="center",
             fontsize=SMALL,
             color=INK,
+            bbox={"facecolor": style.PAPER, "edgecolor": "none", "pad": 1.5},
         )
     ax.axvline(tolerance, color=INK, linewidth=2, linestyle=(0, (4, 3)), zorder=1)
     ax.annotate(
