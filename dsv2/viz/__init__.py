@@ -12,6 +12,7 @@ from dsv2.viz.balance import (
     starved_curves,
 )
 from dsv2.viz.balance_simulation import BalanceSimulation, simulate_balance
+from dsv2.viz.budget import budget_explorer, budget_figure, convention_dots, logit_differences
 from dsv2.viz.cache import (
     attention_intensity,
     cache_calculator,
@@ -92,6 +93,8 @@ __all__ = [
     "balance_explorer",
     "balance_outcomes",
     "benchmark_bars",
+    "budget_explorer",
+    "budget_figure",
     "busiest_device",
     "cache_bars",
     "cache_bytes_per_token",
@@ -100,6 +103,7 @@ __all__ = [
     "chance_reach",
     "channel_layouts",
     "chapters_here",
+    "convention_dots",
     "course_map",
     "decode_roofline",
     "decode_work",
@@ -122,6 +126,7 @@ __all__ = [
     "live_generation",
     "load_bars",
     "load_history",
+    "logit_differences",
     "loss_against_cache",
     "memory_bars",
     "message_drawing",
