@@ -66,7 +66,7 @@ def kinds(training: TrainConfig = TRAINING) -> dict[str, Kind]:
 
 
 def measure(kind: Kind, data: PackedDataset) -> dict[str, Any]:
-    """One run: tokens, lr, losses and grad_norms along it; at each of `looks` the loss and the information."""
+    """One run: rows of tokens, lr, loss and norm; validation loss and information at each of `looks`."""
     windows = domain_windows(data.validation, kind.training.seq_len, PER_DOMAIN)
     names, experts = data.domain_names, kind.model.n_routed_experts
     trainer = Trainer(kind.model, kind.training, data, validation=windows)
@@ -131,10 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = {name: chosen[name] for name in options.only or chosen}
     stored = {
         "what": "Runs alike but for how they are trained. rows: tokens seen, learning rate, training loss in "
-        "nats per token and the gradient's norm before clipping, of some steps. At each of looks, in tokens, on "
-        f"{PER_DOMAIN} validation windows of every domain: val_curve, nats per token; information, nats between "
-        "expert and domain, by layer. At the end: domains, nats per byte; layers, counts by domain and expert "
-        "and what shuffled windows show.",
+        "nats per token and the gradient's norm before clipping, of some steps. At each of looks, in tokens, "
+        f"on {PER_DOMAIN} validation windows of every domain: val_curve, nats per token; information, nats "
+        "between expert and domain, by layer. At the end: domains, nats per byte; layers, counts by domain "
+        "and expert and what shuffled windows show.",
         **provenance(),
         "corpus_fingerprint": data.manifest["fingerprint"],
         "domains": data.domain_names,
@@ -155,8 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             done.append(run)
             done.sort(key=lambda run: order[run["name"], run["seed"]])
             tqdm.write(
-                f"{run['name']:18} seed {run['seed']}: {run['val_curve'][-1]:.4f} nats per token, information "
-                f"{' '.join(f'{value:.4f}' for value in run['information'][-1])}; {run['seconds']:.0f} s"
+                f"{run['name']:18} seed {run['seed']}: {run['val_curve'][-1]:.4f} nats per token, "
+                f"information {' '.join(f'{value:.4f}' for value in run['information'][-1])}; "
+                f"{run['seconds']:.0f} s"
             )
             runs.write(options.out, {**stored, "runs": done})
     print(options.out)

@@ -1,4 +1,4 @@
-"""What a trained model can do: nats per byte by kind of text, sums it has never seen, experts by kind of text.
+"""What a trained model can do: nats per byte by kind of text, unseen sums, experts by kind of text.
 
     windows = domain_windows(data.validation, seq_len=256, per_domain=64)
     reading = read(model, windows)
@@ -11,7 +11,7 @@ The same from a shell, with a table and JSON: `python -m dsv2.evaluate data/tiny
 from __future__ import annotations
 
 from dsv2.evaluate.domains import Reading, domain_windows, nats_by_domain, read
-from dsv2.evaluate.specialisation import (
+from dsv2.evaluate.preference import (
     Specialisation,
     conditional_mutual_information,
     count_choices,

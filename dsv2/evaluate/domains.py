@@ -21,7 +21,7 @@ BYTES = 256  # ids below this are bytes, for a ByteTokenizer
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model makes of windows: nats (W, T) of each target, and expert_ids (W, T, K) by layer of experts."""
+    """What a model makes of windows: nats (W, T) of each target; expert_ids (W, T, K) of each layer."""
 
     nats: Float[Tensor, "W T"]
     expert_ids: tuple[Int[Tensor, "W T K"], ...]

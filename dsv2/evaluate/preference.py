@@ -1,4 +1,4 @@
-"""Do experts prefer kinds of text? Mutual information between a choice and its domain, against shuffled labels.
+"""Do experts prefer kinds of text? Information between a choice and its domain, against shuffled labels.
 
 Counting alone always finds a preference: few choices never fall evenly. So the same is measured where there
 is none, with the labels of whole windows dealt out anew. Neighbouring tokens are alike; a shuffle token by
