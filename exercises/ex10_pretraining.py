@@ -1,7 +1,7 @@
 """Chapter 10: pretraining, from the schedules to what the experts have learned.
 
-Six exercises: the learning rate as a function of the tokens seen, the batch ramp, clipping by the norm of all
-gradients, nats per byte, a training step that has a bug, and how much experts tell of a text's domain.
+Six exercises: the learning rate as a function of the tokens seen, the batch ramp, nats per byte, clipping by
+the norm of all gradients, a training step that has a bug, and how much experts tell of a text's domain.
 
     python3 course.py check 10        all of this chapter
     python3 course.py check 10.1      one exercise
@@ -66,9 +66,27 @@ def batch_size_at(tokens: int, *, start: int, end: int, ramp_tokens: int, multip
     raise NotImplementedError("exercise 10.2: write this, then run: python3 course.py check 10.2")
 
 
-# exercise 10.3: clipping by the norm of all gradients (difficulty 2 of 3, about 20 minutes)
+# exercise 10.3: nats per byte (difficulty 1 of 3, about 10 minutes)
 # check: python3 course.py check 10.3     in a notebook: check("10.3")
 # hint:  python3 course.py hint 10.3      in a notebook: hint("10.3")
+def nats_per_byte(nats: Any, targets: Any) -> float:
+    """The loss per byte of text, from the loss at every target: array-likes of one shape.
+
+    Ids below 256 are bytes; those from 256 on are special tokens (<bos>, <eos>, ...). The model has to
+    predict them too, so their nats are paid; but they are no text, so they do not count as bytes. That makes
+    the number one that compares with compressors, and with models of other vocabularies.
+
+    Three targets cost 1, 2 and 3 nats, the last of them is <eos>: 6 nats for 2 bytes.
+
+    >>> nats_per_byte([[1.0, 2.0, 3.0]], [[104, 105, 257]])
+    3.0
+    """
+    raise NotImplementedError("exercise 10.3: write this, then run: python3 course.py check 10.3")
+
+
+# exercise 10.4: clipping by the norm of all gradients (difficulty 2 of 3, about 20 minutes)
+# check: python3 course.py check 10.4     in a notebook: check("10.4")
+# hint:  python3 course.py hint 10.4      in a notebook: hint("10.4")
 def clip_by_global_norm(
     gradients: list[Tensor | None], limit: float
 ) -> tuple[list[Tensor | None], Float[Tensor, ""]]:
@@ -82,24 +100,6 @@ def clip_by_global_norm(
 
     >>> clip_by_global_norm([torch.tensor([3.0, 4.0]), None, torch.tensor([12.0])], limit=6.5)
     ([tensor([1.5000, 2.0000]), None, tensor([6.])], tensor(13.))
-    """
-    raise NotImplementedError("exercise 10.3: write this, then run: python3 course.py check 10.3")
-
-
-# exercise 10.4: nats per byte (difficulty 1 of 3, about 10 minutes)
-# check: python3 course.py check 10.4     in a notebook: check("10.4")
-# hint:  python3 course.py hint 10.4      in a notebook: hint("10.4")
-def nats_per_byte(nats: Any, targets: Any) -> float:
-    """The loss per byte of text, from the loss at every target: array-likes of one shape.
-
-    Ids below 256 are bytes; those from 256 on are special tokens (<bos>, <eos>, ...). The model has to predict
-    them too, so their nats are paid; but they are no text, so they do not count as bytes. That makes the
-    number one that compares with compressors, and with models of other vocabularies.
-
-    Three targets cost 1, 2 and 3 nats, the last of them is <eos>: 6 nats for 2 bytes.
-
-    >>> nats_per_byte([[1.0, 2.0, 3.0]], [[104, 105, 257]])
-    3.0
     """
     raise NotImplementedError("exercise 10.4: write this, then run: python3 course.py check 10.4")
 
@@ -160,4 +160,4 @@ def mutual_information(counts: Int[Tensor, "domains experts"] | Float[Tensor, "d
     """
     raise NotImplementedError("exercise 10.6: write this, then run: python3 course.py check 10.6")
 
-# stub 6d1abf: file c11852, 10.1 5e67d9, 10.2 560b84, 10.3 8c3611, 10.4 6c5bf2, 10.5 721215, 10.6 d31f3d
+# stub 0d42a7: file 66d9af, 10.1 5e67d9, 10.2 560b84, 10.3 f993d8, 10.4 d72efd, 10.5 721215, 10.6 d31f3d

@@ -1,7 +1,7 @@
 """Chapter 10: pretraining, from the schedules to what the experts have learned.
 
-Six exercises: the learning rate as a function of the tokens seen, the batch ramp, clipping by the norm of all
-gradients, nats per byte, a training step that has a bug, and how much experts tell of a text's domain.
+Six exercises: the learning rate as a function of the tokens seen, the batch ramp, nats per byte, clipping by
+the norm of all gradients, a training step that has a bug, and how much experts tell of a text's domain.
 
     python3 course.py check 10        all of this chapter
     python3 course.py check 10.1      one exercise
@@ -75,6 +75,26 @@ def batch_size_at(tokens: int, *, start: int, end: int, ramp_tokens: int, multip
 
 
 # exercise 10.3
+def nats_per_byte(nats: Any, targets: Any) -> float:
+    """The loss per byte of text, from the loss at every target: array-likes of one shape.
+
+    Ids below 256 are bytes; those from 256 on are special tokens (<bos>, <eos>, ...). The model has to
+    predict them too, so their nats are paid; but they are no text, so they do not count as bytes. That makes
+    the number one that compares with compressors, and with models of other vocabularies.
+
+    Three targets cost 1, 2 and 3 nats, the last of them is <eos>: 6 nats for 2 bytes.
+
+    >>> nats_per_byte([[1.0, 2.0, 3.0]], [[104, 105, 257]])
+    3.0
+    """
+    # <solution>
+    nats = torch.as_tensor(nats, dtype=torch.float64)
+    targets = torch.as_tensor(targets)
+    return float(nats.sum()) / int((targets < 256).sum())
+    # </solution>
+
+
+# exercise 10.4
 def clip_by_global_norm(
     gradients: list[Tensor | None], limit: float
 ) -> tuple[list[Tensor | None], Float[Tensor, ""]]:
@@ -96,26 +116,6 @@ def clip_by_global_norm(
     # infinite, and the smaller of it and 1 is 1.
     factor = (limit / norm).clamp(max=1.0)
     return [None if gradient is None else gradient * factor for gradient in gradients], norm
-    # </solution>
-
-
-# exercise 10.4
-def nats_per_byte(nats: Any, targets: Any) -> float:
-    """The loss per byte of text, from the loss at every target: array-likes of one shape.
-
-    Ids below 256 are bytes; those from 256 on are special tokens (<bos>, <eos>, ...). The model has to
-    predict them too, so their nats are paid; but they are no text, so they do not count as bytes. That makes
-    the number one that compares with compressors, and with models of other vocabularies.
-
-    Three targets cost 1, 2 and 3 nats, the last of them is <eos>: 6 nats for 2 bytes.
-
-    >>> nats_per_byte([[1.0, 2.0, 3.0]], [[104, 105, 257]])
-    3.0
-    """
-    # <solution>
-    nats = torch.as_tensor(nats, dtype=torch.float64)
-    targets = torch.as_tensor(targets)
-    return float(nats.sum()) / int((targets < 256).sum())
     # </solution>
 
 

@@ -122,9 +122,10 @@ def training_schedule_figure(config: TrainConfig, figure: Figure | None = None) 
     whole = config.tokens_before(config.steps) / 1e9
     return finish(
         figure,
-        f"{config.steps:,} steps for {whole:,.0f} billion tokens. The learning rate climbs to {config.lr:.2e} in "
-        f"{config.warmup_steps:,} steps, {config.tokens_before(config.warmup_steps) / 1e9:.1f} billion tokens, and "
-        f"ends at {last:.2e}, {last / config.lr:.2f} of it. The batch goes from {config.batch_size:,} to "
+        f"{config.steps:,} steps for {whole:,.0f} billion tokens. The learning rate climbs to {config.lr:.2e} "
+        f"in {config.warmup_steps:,} steps, {config.tokens_before(config.warmup_steps) / 1e9:.1f} billion "
+        f"tokens, and ends at {last:.2e}, {last / config.lr:.2f} of it. The batch goes "
+        f"from {config.batch_size:,} to "
         f"{config.largest_batch:,} sequences.",
     )
 
@@ -210,10 +211,13 @@ def live_training(
         rows.append(metrics)
         now = time.perf_counter()
         if show and (handle is None or now - shown > FRAME_SECONDS):
-            handle, shown = _renew(live_figure(rows, trainer.config), handle), time.perf_counter()
+            handle, shown = (
+                _renew(live_figure(rows, trainer.config, trainer.model_config.vocab_size), handle),
+                time.perf_counter(),
+            )
         if seconds is not None and now - began > seconds:
             break
-    figure = live_figure(rows, trainer.config)
+    figure = live_figure(rows, trainer.config, trainer.model_config.vocab_size)
     if show:
         _renew(figure, handle)
     return rows, figure
@@ -235,8 +239,10 @@ def _renew(figure: Figure, handle: Any) -> Any:
     return handle
 
 
-def live_figure(rows: Sequence[Mapping[str, Any]], config: TrainConfig) -> Figure:
-    """Loss, learning rate and the gradient's norm over the steps of a run so far."""
+def live_figure(rows: Sequence[Mapping[str, Any]], config: TrainConfig, vocab_size: int = 264) -> Figure:
+    """Loss, learning rate and the gradient's norm over the steps of a run so far; vocab_size: for the loss of
+    equal chances.
+    """
     if not rows:
         raise ValueError("rows is empty; give the metrics of at least one step")
     steps = np.array([row["step"] for row in rows])
@@ -259,10 +265,10 @@ def live_figure(rows: Sequence[Mapping[str, Any]], config: TrainConfig) -> Figur
         panel.set_xlim(1, max(2, config.steps))
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     top.set_ylim(0, 6)
-    top.axhline(np.log(256), color=style.GREY, linewidth=2, linestyle=(0, (4, 3)))
+    top.axhline(np.log(vocab_size), color=style.GREY, linewidth=2, linestyle=(0, (4, 3)))
     top.annotate(
-        "ln 256: knows nothing",
-        (1, np.log(256)),
+        f"ln {vocab_size}: equal chances for every token",
+        (1, np.log(vocab_size)),
         xycoords=("axes fraction", "data"),
         xytext=(0, -5),
         textcoords="offset points",
@@ -279,7 +285,7 @@ def live_figure(rows: Sequence[Mapping[str, Any]], config: TrainConfig) -> Figur
     right.minorticks_off()
     right.axhline(config.clip, color=INK, linewidth=2, linestyle=(0, (4, 3)))
     label(top, y="loss (nats per token)")
-    label(low, "step", "rate / 1000")
+    label(low, "step", "rate x 1000")
     label(right, "step", "gradient")
     top.set_title(
         f"step {steps[-1]} of {config.steps}: loss {loss[-1]:.2f}",
@@ -290,7 +296,8 @@ def live_figure(rows: Sequence[Mapping[str, Any]], config: TrainConfig) -> Figur
     )
     return finish(
         figure,
-        f"Step {steps[-1]} of {config.steps}: loss {loss[-1]:.3f} nats per token after {loss[0]:.3f} at first; "
+        f"Step {steps[-1]} of {config.steps}: loss {loss[-1]:.3f} nats per token after {loss[0]:.3f} at "
+        "first; "
         f"learning rate {rows[-1]['lr']:.2e}; norm of the gradient {rows[-1]['grad_norm']:.2f}, clipped at "
         f"{config.clip:g} (dashed).",
     )
@@ -310,7 +317,7 @@ def gradient_norms(metrics: str | Path | Sequence[Mapping[str, Any]], limit: flo
         raise ValueError("metrics holds no row with `step` and `grad_norm`")
     over = norms > limit
     ax = new_axes(None, 10.0, 3.9, left=1.05, right=0.4, bottom=0.8, top=0.3)
-    ax.plot(steps, norms, color=style.tint(style.PURPLE, 0.75), linewidth=1.8)
+    ax.plot(steps, norms, color=style.PURPLE, linewidth=2.2)
     ax.plot(steps[over], norms[over], "o", color=style.VERMILLION, markersize=9)
     ax.axhline(limit, color=INK, linewidth=2.5, linestyle=(0, (4, 2)))
     ax.set_yscale("log")
@@ -458,7 +465,7 @@ def preference_maps(
             panel.text(
                 centres[best],
                 row,
-                f"{ratio[row, best]:.2g}",
+                f"{ratio[row, best]:.2f}",
                 ha="center",
                 va="center",
                 fontsize=SMALL,
@@ -478,7 +485,7 @@ def preference_maps(
         panel.tick_params(axis="both", length=0)
         panel.spines[["left", "bottom"]].set_visible(False)
         panel.set_title(name, fontsize=BASE, color=INK, loc="left", pad=5)
-        best = [f"{n}: expert {int(r.argmax())} ({r.max():.2g}x)" for n, r in zip(names, ratio)]
+        best = [f"{n}: expert {int(r.argmax())} ({r.max():.2f}x)" for n, r in zip(names, ratio)]
         said.append(f"{name}: {', '.join(best)}")
     panels[-1].set_xticks(centres, range(experts), fontsize=SMALL)
     label(panels[-1], "routed expert" + (f", those of {devices} devices apart" if devices > 1 else ""))
@@ -521,11 +528,11 @@ def information_dots(measured: Mapping[str, Sequence[Specialisation]], layers: S
     ax.legend(
         loc="lower left",
         bbox_to_anchor=(-0.08, 0.99),
-        ncols=3,
+        ncols=4,
         frameon=False,
         fontsize=SMALL,
-        handletextpad=0.4,
-        columnspacing=1.2,
+        handletextpad=0.3,
+        columnspacing=0.9,
     )
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     label(ax, "nats that an expert tells of the domain (scale by powers of ten)")

@@ -357,7 +357,134 @@ BATCH_SIZE_AT = Exercise(
 )
 
 
-# ------------------------------------------------------------ 10.3 clipping
+# ------------------------------------------------------------ 10.3 nats per byte
+
+
+def loss_case(seed: int, rows: int, tokens: int, special: int) -> dict[str, Any]:
+    """Nats by target, `special` of which are special tokens; byte 0 and byte 255 are among the bytes."""
+    generator = torch.Generator().manual_seed(seed)
+    nats = 2.5 * torch.rand(rows, tokens, generator=generator, dtype=torch.float64) + 0.1
+    targets = torch.randint(1, 255, (rows, tokens), generator=generator)
+    flat = targets.view(-1)
+    flat[:3] = torch.tensor([0, 0, 255])
+    places = torch.randperm(len(flat) - 3, generator=generator)[:special] + 3
+    # More of them in one row than in another, and <bos> as well as <eos>.
+    flat[places] = 256 + torch.arange(special) % 2
+    return {"nats": nats, "targets": targets}
+
+
+def loss(
+    unit: Callable[[Tensor], Tensor | int], paid: Callable[[Tensor], Tensor] | None = None
+) -> Callable[..., float]:
+    """An answer to 10.3: the nats where `paid`, over `unit` of the targets."""
+
+    def answer(nats, targets):
+        nats, targets = torch.as_tensor(nats), torch.as_tensor(targets)
+        return float((nats if paid is None else nats[paid(targets)]).sum() / unit(targets))
+
+    return answer
+
+
+def is_byte(targets: Tensor) -> Tensor:
+    return targets < 256
+
+
+def mean_of_rows(nats, targets):
+    return float((nats.sum(dim=1) / is_byte(targets).sum(dim=1)).mean())
+
+
+NATS_PER_BYTE = Exercise(
+    number="10.3",
+    name="nats_per_byte",
+    title="nats per byte",
+    difficulty=1,
+    minutes=10,
+    answer=ngram.nats_per_byte,
+    cases=(
+        Case("2 windows of 9 targets, 4 of them special tokens", lambda: loss_case(1, 2, 9, 4)),
+        Case("3 windows of 7 targets, 5 of them special tokens", lambda: loss_case(2, 3, 7, 5)),
+        Case("1 window of 8 targets without special tokens", lambda: loss_case(3, 1, 8, 0)),
+    ),
+    mistakes=(
+        Mistake(
+            "nats per token",
+            "This is the mean over all targets: nats per token. Special tokens count as bytes here, which "
+            "they are not; the loss looks smaller than it is.",
+            loss(lambda targets: targets.numel()),
+        ),
+        Mistake(
+            "special tokens not paid",
+            "Special tokens are left out of both sums. The model has to predict where a text ends as well; "
+            "those nats are paid.",
+            loss(lambda targets: is_byte(targets).sum(), is_byte),
+        ),
+        Mistake(
+            "special tokens counted, not paid",
+            "The nats of special tokens are left out, and they still count as bytes. It should be the other "
+            "way round.",
+            loss(lambda targets: targets.numel(), is_byte),
+        ),
+        Mistake(
+            "nats in all",
+            "This is the sum of all nats. It grows with the text; per byte it does not.",
+            loss(lambda targets: 1),
+        ),
+        Mistake(
+            "bits per byte",
+            "These are bits: divided by ln 2. Nats were asked for.",
+            lambda nats, targets: ngram.nats_per_byte(nats, targets) / math.log(2),
+        ),
+        Mistake(
+            "from bits to nats",
+            "This was multiplied by ln 2, as if the losses were bits. They are nats already.",
+            lambda nats, targets: ngram.nats_per_byte(nats, targets) * math.log(2),
+        ),
+        Mistake(
+            "mean of windows",
+            "This is the mean of each window's nats per byte. A window with many special tokens has fewer "
+            "bytes and weighs as much as the others; add up first, divide then.",
+            mean_of_rows,
+        ),
+        Mistake(
+            "<bos> a byte",
+            "Id 256 is counted as a byte. There are 256 bytes, from 0 to 255; 256 is <bos>.",
+            loss(lambda targets: (targets <= 256).sum()),
+        ),
+        Mistake(
+            "255 no byte",
+            "Id 255 is not counted as a byte. Bytes go from 0 to 255.",
+            loss(lambda targets: (targets < 255).sum()),
+        ),
+        Mistake(
+            "0 no byte",
+            "Id 0 is not counted as a byte. It is one like the others, here no padding.",
+            loss(lambda targets: (is_byte(targets) & (targets > 0)).sum()),
+        ),
+        Mistake(
+            "perplexity",
+            "This is e to the power of the loss, the perplexity of a byte. The loss itself was asked for.",
+            lambda nats, targets: math.exp(ngram.nats_per_byte(nats, targets)),
+        ),
+        Mistake(
+            "per special token",
+            "This divides by the number of special tokens, not of bytes.",
+            loss(lambda targets: (~is_byte(targets)).sum().clamp(min=1)),
+        ),
+    ),
+    hints=(
+        "A text of 10 bytes and its <eos> cost 22 nats in all. How many nats per token is that, how many per "
+        "byte, and which of the two changes if another tokenizer makes 4 tokens of the text?",
+        'The notebook\'s section "The loss" does both. All nats are added up; which targets count as bytes '
+        "is "
+        "targets < 256.",
+        "sum of all nats / number of targets below 256",
+    ),
+    checked="all nats paid, bytes alone counted, 0 and 255 among them, over all windows together",
+    replaces=("dsv2.data.ngram.nats_per_byte",),
+)
+
+
+# ------------------------------------------------------------ 10.4 clipping
 
 
 def clip_case(seed: int, limit: float, *shapes: tuple[int, ...] | None, scale: float = 1.0) -> dict[str, Any]:
@@ -386,7 +513,7 @@ def scaled(gradients, factor):
 
 
 def with_norm(norm_of: Callable[[list[Tensor]], Tensor]) -> Callable[..., Any]:
-    """An answer to 10.3 with another norm."""
+    """An answer to 10.4 with another norm."""
 
     def answer(gradients, limit):
         norm = norm_of([g for g in gradients if g is not None])
@@ -421,7 +548,7 @@ def none_to_zero(gradients, limit):
 
 
 CLIP_BY_GLOBAL_NORM = Exercise(
-    number="10.3",
+    number="10.4",
     name="clip_by_global_norm",
     title="clipping by the norm of all gradients",
     difficulty=2,
@@ -539,133 +666,6 @@ CLIP_BY_GLOBAL_NORM = Exercise(
         "[None if it is None, else gradient * factor], norm",
     ),
     checked="one norm over all tensors, one factor, nothing stretched, zeros, and weights without a gradient",
-)
-
-
-# ------------------------------------------------------------ 10.4 nats per byte
-
-
-def loss_case(seed: int, rows: int, tokens: int, special: int) -> dict[str, Any]:
-    """Nats by target, `special` of which are special tokens; byte 0 and byte 255 are among the bytes."""
-    generator = torch.Generator().manual_seed(seed)
-    nats = 2.5 * torch.rand(rows, tokens, generator=generator, dtype=torch.float64) + 0.1
-    targets = torch.randint(1, 255, (rows, tokens), generator=generator)
-    flat = targets.view(-1)
-    flat[:3] = torch.tensor([0, 0, 255])
-    places = torch.randperm(len(flat) - 3, generator=generator)[:special] + 3
-    # More of them in one row than in another, and <bos> as well as <eos>.
-    flat[places] = 256 + torch.arange(special) % 2
-    return {"nats": nats, "targets": targets}
-
-
-def loss(
-    unit: Callable[[Tensor], Tensor | int], paid: Callable[[Tensor], Tensor] | None = None
-) -> Callable[..., float]:
-    """An answer to 10.4: the nats where `paid`, over `unit` of the targets."""
-
-    def answer(nats, targets):
-        nats, targets = torch.as_tensor(nats), torch.as_tensor(targets)
-        return float((nats if paid is None else nats[paid(targets)]).sum() / unit(targets))
-
-    return answer
-
-
-def is_byte(targets: Tensor) -> Tensor:
-    return targets < 256
-
-
-def mean_of_rows(nats, targets):
-    return float((nats.sum(dim=1) / is_byte(targets).sum(dim=1)).mean())
-
-
-NATS_PER_BYTE = Exercise(
-    number="10.4",
-    name="nats_per_byte",
-    title="nats per byte",
-    difficulty=1,
-    minutes=10,
-    answer=ngram.nats_per_byte,
-    cases=(
-        Case("2 windows of 9 targets, 4 of them special tokens", lambda: loss_case(1, 2, 9, 4)),
-        Case("3 windows of 7 targets, 5 of them special tokens", lambda: loss_case(2, 3, 7, 5)),
-        Case("1 window of 8 targets without special tokens", lambda: loss_case(3, 1, 8, 0)),
-    ),
-    mistakes=(
-        Mistake(
-            "nats per token",
-            "This is the mean over all targets: nats per token. Special tokens count as bytes here, which "
-            "they are not; the loss looks smaller than it is.",
-            loss(lambda targets: targets.numel()),
-        ),
-        Mistake(
-            "special tokens not paid",
-            "Special tokens are left out of both sums. The model has to predict where a text ends as well; "
-            "those nats are paid.",
-            loss(lambda targets: is_byte(targets).sum(), is_byte),
-        ),
-        Mistake(
-            "special tokens counted, not paid",
-            "The nats of special tokens are left out, and they still count as bytes. It should be the other "
-            "way round.",
-            loss(lambda targets: targets.numel(), is_byte),
-        ),
-        Mistake(
-            "nats in all",
-            "This is the sum of all nats. It grows with the text; per byte it does not.",
-            loss(lambda targets: 1),
-        ),
-        Mistake(
-            "bits per byte",
-            "These are bits: divided by ln 2. Nats were asked for.",
-            lambda nats, targets: ngram.nats_per_byte(nats, targets) / math.log(2),
-        ),
-        Mistake(
-            "from bits to nats",
-            "This was multiplied by ln 2, as if the losses were bits. They are nats already.",
-            lambda nats, targets: ngram.nats_per_byte(nats, targets) * math.log(2),
-        ),
-        Mistake(
-            "mean of windows",
-            "This is the mean of each window's nats per byte. A window with many special tokens has fewer "
-            "bytes and weighs as much as the others; add up first, divide then.",
-            mean_of_rows,
-        ),
-        Mistake(
-            "<bos> a byte",
-            "Id 256 is counted as a byte. There are 256 bytes, from 0 to 255; 256 is <bos>.",
-            loss(lambda targets: (targets <= 256).sum()),
-        ),
-        Mistake(
-            "255 no byte",
-            "Id 255 is not counted as a byte. Bytes go from 0 to 255.",
-            loss(lambda targets: (targets < 255).sum()),
-        ),
-        Mistake(
-            "0 no byte",
-            "Id 0 is not counted as a byte. It is one like the others, here no padding.",
-            loss(lambda targets: (is_byte(targets) & (targets > 0)).sum()),
-        ),
-        Mistake(
-            "perplexity",
-            "This is e to the power of the loss, the perplexity of a byte. The loss itself was asked for.",
-            lambda nats, targets: math.exp(ngram.nats_per_byte(nats, targets)),
-        ),
-        Mistake(
-            "per special token",
-            "This divides by the number of special tokens, not of bytes.",
-            loss(lambda targets: (~is_byte(targets)).sum().clamp(min=1)),
-        ),
-    ),
-    hints=(
-        "A text of 10 bytes and its <eos> cost 22 nats in all. How many nats per token is that, how many per "
-        "byte, and which of the two changes if another tokenizer makes 4 tokens of the text?",
-        'The notebook\'s section "The loss" does both. All nats are added up; which targets count as bytes '
-        "is "
-        "targets < 256.",
-        "sum of all nats / number of targets below 256",
-    ),
-    checked="all nats paid, bytes alone counted, 0 and 255 among them, over all windows together",
-    replaces=("dsv2.data.ngram.nats_per_byte",),
 )
 
 
@@ -1038,8 +1038,8 @@ MUTUAL_INFORMATION = Exercise(
 EXERCISES: tuple[Exercise, ...] = (
     LEARNING_RATE_AT,
     BATCH_SIZE_AT,
-    CLIP_BY_GLOBAL_NORM,
     NATS_PER_BYTE,
+    CLIP_BY_GLOBAL_NORM,
     TRAIN_STEPS,
     MUTUAL_INFORMATION,
 )
