@@ -9,7 +9,6 @@ from dsv2.generate import generate
 from dsv2.model import DeepSeekV2
 
 ANSWER_TOKENS = 8  # room for three digits and a line's end
-TRIES = 100_000
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,15 @@ def held_out_sums(count: int, seed: int = 0) -> list[Problem]:
     """
     if count < 1:
         raise ValueError(f"count={count} must be at least 1")
+    there = _all_held_out()
+    if count > there:
+        raise ValueError(f"count={count} is more than the {there} sums that were kept out of training")
     found: dict[str, Problem] = {}
     problems = arithmetic_problems(seed=seed, split="validation", kinds=("addition",), level=1)
-    for _, problem in zip(range(TRIES), problems):
+    while len(found) < count:
+        problem = next(problems)
         found.setdefault(problem.key, problem)
-        if len(found) == count:
-            return list(found.values())
-        if len(found) == _all_held_out():
-            break
-    raise ValueError(f"count={count} is more than the {len(found)} sums that were kept out of training")
+    return list(found.values())
 
 
 def answer_sums(model: DeepSeekV2, problems: list[Problem]) -> SumsResult:

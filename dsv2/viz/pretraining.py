@@ -119,11 +119,11 @@ def training_schedule_figure(config: TrainConfig, figure: Figure | None = None) 
         panel.yaxis.set_major_locator(MaxNLocator(4))
     figure.panels[1].set_xlim(0, float(curves["tokens"][-1]))
     last = config.learning_rate(config.steps - 1)
-    whole = config.tokens_before(config.steps) / 1e9
+    warmed, whole = (config.tokens_before(n) / 1e9 for n in (config.warmup_steps, config.steps))
     return finish(
         figure,
-        f"{config.steps:,} steps for {whole:,.0f} billion tokens. The learning rate climbs to {config.lr:.2e} "
-        f"in {config.warmup_steps:,} steps, {config.tokens_before(config.warmup_steps) / 1e9:.1f} billion "
+        f"{config.steps:,} steps for {whole:,.0f} billion tokens. The learning rate climbs to "
+        f"{config.lr:.2e} in {config.warmup_steps:,} steps, {warmed:.1f} billion "
         f"tokens, and ends at {last:.2e}, {last / config.lr:.2f} of it. The batch goes "
         f"from {config.batch_size:,} to "
         f"{config.largest_batch:,} sequences.",
