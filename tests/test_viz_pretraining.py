@@ -178,7 +178,9 @@ def test_dots_are_the_information():
 def test_the_browser_marks_the_tokens_of_an_expert():
     ids, windows, explorer = browser()
     for values in ({"layer": 1}, {"expert": 7}, {"shuffle": 3}, {"window": 5}):
+        before = bytes(explorer.image.value)
         explorer.set(**values)
+        assert bytes(explorer.image.value) != before, values
         layer, expert, window = (explorer.values[n] for n in ("layer", "expert", "window"))
         chosen = (ids[layer][window] == expert).any(dim=-1)
         assert explorer.below.value.count("<span") == int(chosen.sum())

@@ -531,7 +531,7 @@ def information_dots(measured: Mapping[str, Sequence[Specialisation]], layers: S
         ncols=4,
         frameon=False,
         fontsize=SMALL,
-        handletextpad=0.3,
+        handletextpad=0.5,
         columnspacing=0.9,
     )
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -606,7 +606,11 @@ def domain_browser(
         }
 
     def plot(layer: int, expert: int, window: int, shuffle: int) -> Figure:
-        return preference_maps(tables(layer, shuffle), names, devices=devices, expert=expert)
+        marked = int((expert_ids[layer][window] == expert).any(dim=-1).sum())
+        here, mixed = tables(layer, shuffle).items()
+        title = f"{here[0]}; of text {window}, {marked} of {len(texts[window])} tokens choose expert {expert}"
+        shown = {title: here[1], mixed[0]: mixed[1]}
+        return preference_maps(shown, names, devices=devices, expert=expert)
 
     def caption(layer: int, expert: int, window: int, shuffle: int) -> str:
         chosen = (expert_ids[layer][window] == expert).any(dim=-1)
