@@ -13,6 +13,7 @@ BENCHMARKS = {
     "generate": "decoding and prefill of a V2-Lite-shaped model against transformers and the limit",
     "moe": "a layer of experts against transformers and the limit",
     "model": "training, prefill and decoding of a whole model against transformers",
+    "pretraining": "small models trained with other schedules, a batch ramp, no balance losses",
     "parallel": "experts on several devices: equal to one, all-to-all, tokens a second (by torchrun)",
     "train": "pretraining: tokens a second beside transformers in a plain loop, and a run to the end",
     "traffic": "bytes between experts on real processes, beside those counted in one",
