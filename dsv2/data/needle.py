@@ -57,7 +57,7 @@ def needle_prompts(
     depth: float,
     *,
     task: NeedleTask = TASK,
-    distractors: int = 6,
+    distractors: int = 8,
     generator: torch.Generator | None = None,
 ) -> tuple[Int[Tensor, "count length"], Int[Tensor, " count"]]:
     """Prompts with a needle at one depth, and their answers. The last token of a prompt is the needle's key.

@@ -24,7 +24,7 @@ def needle_grid(
     seed: int = 0,
     progress: bool = True,
     task: NeedleTask = TASK,
-    distractors: int = 6,
+    distractors: int = 8,
 ) -> dict[str, Any]:
     """The share of needles found in each cell, by greedy answers: the most likely next token must be the word.
 
