@@ -233,7 +233,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--large", action="store_true", help="a larger model and longer texts, for a GPU")
     parser.add_argument("--out", type=Path, help="(default: data/runs/context.json, or context_large.json)")
     parser.add_argument(
-        "--save", type=Path, metavar="DIR", help="where the trained model of seed 0 is stored (default: nowhere)"
+        "--save",
+        type=Path,
+        metavar="DIR",
+        help="where the trained model of seed 0 is stored (default: nowhere)",
     )
     options = parser.parse_args(arguments)
     setting = LARGE if options.large else SMALL

@@ -130,9 +130,7 @@ def needle_batch(
     return tokens, targets.scatter_(1, starts, torch.where(known, words, IGNORED))
 
 
-def _words(
-    shape: tuple[int, int], task: NeedleTask, generator: torch.Generator | None
-) -> Int[Tensor, "..."]:
+def _words(shape: tuple[int, int], task: NeedleTask, generator: torch.Generator | None) -> Int[Tensor, "..."]:
     return torch.randint(task.n_keys, task.vocab_size, shape, generator=generator)
 
 
