@@ -500,7 +500,7 @@ def _from_hf_fields(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hf_rope(raw: dict[str, Any]) -> tuple[float, YarnScaling | LinearScaling | None]:
-    """(rope_theta, scaling) from transformers 5's `rope_parameters` or 4's `rope_scaling` and `rope_theta`."""
+    """(rope_theta, scaling) from transformers 5's `rope_parameters`, or 4's `rope_scaling` and theta"""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_scaling={rope!r} must be an object or null")
@@ -510,7 +510,7 @@ def _hf_rope(raw: dict[str, Any]) -> tuple[float, YarnScaling | LinearScaling | 
         return theta, None
     if kind not in ("yarn", "linear"):
         raise ValueError(
-            f"rope type {kind!r} is not supported; DeepSeek-V2 has 'yarn' or none, and 'linear' can be read too"
+            f"rope type {kind!r} is not supported; DeepSeek-V2 has 'yarn' or none; 'linear' is read too"
         )
     if rope.get("factor") is None:
         raise ValueError(f"rope_scaling of type {kind!r} needs a factor")

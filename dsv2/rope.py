@@ -98,8 +98,9 @@ def rotate_pairs(
 class RotaryEmbedding(nn.Module):
     """cos and sin of every position's angles: (batch, tokens) -> two (batch, tokens, pairs), float32.
 
-    `dim` is the number of rotated channels, `scaling` how they are stretched (YaRN, interpolation, None). The angles are computed for the positions asked for, so there is
-    no table to outgrow; one model holds one of these and all layers share its output.
+    `dim` is the number of rotated channels, `scaling` how they are stretched (YaRN, interpolation, None). The
+    angles are computed for the positions asked for, so there is no table to outgrow; one
+    model holds one of these and all layers share its output.
     """
 
     def __init__(self, dim: int, theta: float = 10000.0, scaling: YarnScaling | LinearScaling | None = None):

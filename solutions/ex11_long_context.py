@@ -1,7 +1,7 @@
 """Chapter 11: longer contexts by slower rotations, and looking for needles in them.
 
-Six exercises: position interpolation, the pairs between which YaRN's ramp runs, YaRN's frequencies, the scale of
-the scores, a needle at a depth, and an evaluation with a bug in it.
+Six exercises: position interpolation, the pairs between which YaRN's ramp runs, YaRN's frequencies, the
+scale of the scores, a needle at a depth, and an evaluation with a bug in it.
 
     python3 course.py check 11        all of this chapter
     python3 course.py check 11.1      one exercise
@@ -30,7 +30,8 @@ def interpolated_frequencies(dim: int, theta: float, factor: float) -> Float[Ten
 
         p * g_i = (p / s) * f_i,    f_i = theta^(-2i / dim)        (position interpolation, arXiv 2306.15595)
 
-    factor is s, how many times longer the text may become. All pairs are changed alike. float32, fastest first.
+    factor is s, how many times longer the text may become. All pairs are changed alike. float32, fastest
+    first.
 
     Two pairs, 1 and 0.1 radians a position, for texts 4 times as long:
 
@@ -50,7 +51,8 @@ def yarn_correction_range(dim: int, theta: float, yarn: YarnScaling) -> tuple[in
     Pair i makes L theta^(-2i / dim) / (2 pi) turns within the trained length L. Solved for i, the pair with n
     turns is
 
-        i(n) = dim * ln(L / (2 pi n)) / (2 ln theta)                       (YaRN, arXiv 2309.00071, section 3.2)
+        i(n) = dim * ln(L / (2 pi n)) / (2 ln theta)                       (YaRN, arXiv 2309.00071, section
+        3.2)
 
     Returned are i(yarn.beta_fast) rounded down, but at least 0, and i(yarn.beta_slow) rounded up, but at most
     dim - 1, as whole numbers. L is yarn.original_max_position_embeddings.
@@ -82,11 +84,11 @@ def yarn_frequencies(dim: int, theta: float, yarn: YarnScaling) -> Float[Tensor,
     low and high from rope.yarn_correction_range(dim, theta, yarn); s is yarn.factor. Where both are the same
     pair, take 0.001 for their difference. float32, fastest first. (YaRN, section 3.2; DeepSeek-V2, 3.1.4.)
 
-    Six pairs with low = 0 and high = 4: r is 0, 1/4, 1/2, 3/4, 1, 1. The frequencies before are 1, 0.22, 0.046,
-    0.01, 0.0022 and 0.00046.
+    Six pairs with low = 0 and high = 2: r is 0, 1/2, 1, 1, 1, 1. The frequencies before are 1, 0.2154,
+    0.04642, 0.01, 0.002154 and 0.0004642.
 
     >>> yarn_frequencies(12, 10000.0, YarnScaling(10.0, 64))
-    tensor([1.0000e+00, 1.6697e-01, 2.5525e-02, 3.2500e-03, 2.1544e-04, 4.6416e-05])
+    tensor([1.0000e+00, 1.1849e-01, 4.6416e-03, 1.0000e-03, 2.1544e-04, 4.6416e-05])
     """
     # <solution>
     frequencies = rope.rope_frequencies(dim, theta)
@@ -103,8 +105,9 @@ def yarn_softmax_scale(nope: int, rotary: int, factor: float, mscale: float) -> 
 
         sqrt(t) = 0.1 m ln s + 1        (DeepSeek-V2, section 3.1.4, where 0.1 m = 0.0707)
 
-    Queries and keys count sqrt(t) each, both parts of them, so the whole score counts t, besides the 1/sqrt(width)
-    of chapter 03. nope, rotary: channels of a head without and with position, d_h and d_h^R; factor is s, mscale m.
+    Queries and keys count sqrt(t) each, both parts of them, so the whole score counts t, besides the
+    1/sqrt(width) of chapter 03. nope, rotary: channels of a head without and with position, d_h and d_h^R;
+    factor is s, mscale m.
 
     DeepSeek-V2: sqrt(t) = 1.2608, t = 1.5896, and 1.5896 / sqrt(192):
 
@@ -123,9 +126,9 @@ def plant_needles(
 ) -> Int[Tensor, "texts tokens"]:
     """Texts with a needle each, a key and its word, in the place of two tokens of the haystack.
 
-    depth: 0 puts the needle at the very start of the text, 1 at its very end; in between the key's position is
-    depth times the last one that is possible, rounded to the nearest whole number. Texts stay as long as they are,
-    and the haystacks that were given stay as they are.
+    depth: 0 puts the needle at the very start of the text, 1 at its very end; in between the key's position
+    is depth times the last one that is possible, rounded to the nearest whole number. Texts stay as long as
+    they are, and the haystacks that were given stay as they are.
 
     In 6 tokens the key can stand at 0 to 4; at depth 0.5 it stands at 2.
 
@@ -149,9 +152,9 @@ def found_by_depth(
 ) -> Float[Tensor, " depths"]:
     """The share of needles that a model finds, by depth.
 
-    ask: the model; prompts (texts, tokens) -> logits (texts, tokens, vocabulary). A needle is a key and its word.
-    A prompt is a haystack with the needle in it, and then the key once more; the needle is found if the word is
-    the model's most likely next token after that. depths as in exercise 11.5, in any order.
+    ask: the model; prompts (texts, tokens) -> logits (texts, tokens, vocabulary). A needle is a key and its
+    word. A prompt is a haystack with the needle in it, and then the key once more; the needle is found if
+    the word is the model's most likely next token after that. depths as in exercise 11.5, in any order.
 
     This code runs, and what it returns looks like shares. One of its lines is wrong: find it.
     """

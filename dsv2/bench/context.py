@@ -130,7 +130,7 @@ def train_on_needles(
     look: Callable[[int], None] | None = None,
     progress: bool = False,
 ) -> list[float]:
-    """Train the model in place; returns the losses, in nats per answer. look(step) is called before each step.
+    """Train the model in place; returns the losses in nats per answer. look(step) is called before each step.
 
     The loss is on answers alone, and the rate rises over the first steps and falls to 0 at the end. The texts
     of a step depend on the seed only, so models that are tuned with one seed read the same.
@@ -175,7 +175,7 @@ def extended(model: DeepSeekV2, scaling: LinearScaling | YarnScaling | None) -> 
 
 
 def measure(setting: Setting, seed: int, save: Path | None = None) -> dict[str, Any]:
-    """One seed: train, extend in three ways, look for needles, tune, look again. save: where the model goes."""
+    """One seed: train, extend in three ways, look for needles, tune, look again. save: a folder for it."""
     torch.set_num_threads(1)  # a run's numbers do not depend on how many run beside it
     device = "cuda" if torch.cuda.is_available() else "cpu"
     began = time.perf_counter()
@@ -253,8 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setting = dataclasses.replace(setting, training=training)
     out = options.out or DATA / ("context_large.json" if options.large else "context.json")
     stored = {
-        "what": "Models trained on needle_batch at one length, then extended. before, after: needles found by "
-        "[length][depth], of `samples` prompts a cell, at once and after the tuning; tuning: share found "
+        "what": "Models trained on needle_batch at one length, then extended. before, after: needles found "
+        "by [length][depth], of `samples` prompts a cell, at once and after tuning; tuning: found "
         f"at {setting.lengths[-1]} tokens over all depths by step, from half as many other prompts, and "
         "losses; losses: of the training.",
         **provenance(),

@@ -1,8 +1,8 @@
 """Needles in haystacks: texts of random words, a few of them marked by a key, and a question for one.
 
-The alphabet has keys and words. A haystack is a row of random words with pairs in it, a key and the word right
-after it: the needle, and distractors with other keys. The prompt ends with the needle's key; the answer is
-the word that stood after it. Any word can be an answer, so only its place says that it is one.
+The alphabet has keys and words. A haystack is a row of random words with pairs in it, a key and the word
+right after it: the needle, and distractors with other keys. The prompt ends with the needle's key; the answer
+is the word that stood after it. Any word can be an answer, so only its place says that it is one.
 
     w7 w0 w3 k2 w9 w4 k5 w1 w8 w8 w2 k2   ->   w9        needle: k2 w9; distractor: k5 w1
 """
@@ -62,8 +62,8 @@ def needle_prompts(
 ) -> tuple[Int[Tensor, "count length"], Int[Tensor, " count"]]:
     """Prompts with a needle at one depth, and their answers. The last token of a prompt is the needle's key.
 
-    length: tokens of a prompt, question included. distractors: pairs with other keys, at random places. Raises
-    ValueError if they do not fit, in slots or in keys.
+    length: tokens of a prompt, question included. distractors: pairs with other keys, at random places.
+    Raises ValueError if they do not fit, in slots or in keys.
     """
     slots = slots_of(length)
     if not 0 <= distractors < min(task.n_keys, slots):
@@ -92,8 +92,9 @@ def needle_batch(
 ) -> tuple[Int[Tensor, "count length"], Int[Tensor, "count length"]]:
     """Texts to learn from, and targets: at a key that has stood before, the word that it had; else IGNORED.
 
-    The last `questions` slots (a quarter of them at most) ask for keys that stand once before, anywhere. Of the
-    rest, a share between none and all holds keys that come again and again, always with the same word.
+    The last `questions` slots (a quarter of them at most) ask for keys that stand once before, anywhere. Of
+    the rest, a share between a fifth and all holds keys that come again and again, always with the same
+    word.
     """
     slots = length // 2
     asked = min(questions, slots // 4)

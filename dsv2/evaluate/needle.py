@@ -1,4 +1,4 @@
-"""Needle in a haystack: how often a model finds one, by the length of the text and the needle's depth in it."""
+"""Needle in a haystack: how often a model finds one, by the length of the text and its depth there."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def needle_grid(
     task: NeedleTask = TASK,
     distractors: int = 8,
 ) -> dict[str, Any]:
-    """The share of needles found in each cell, by greedy answers: the most likely next token must be the word.
+    """The share of needles found in each cell, by greedy answers: the most likely token must be the word.
 
-    lengths: tokens of a prompt; depths: from 0, the start, to 1, right before the question; samples: prompts in
-    a cell, other ones in each, and the same for every model. Returns lengths, depths, samples, found (prompts
-    answered rightly) and accuracy (found / samples), the last two by [length][depth].
+    lengths: tokens of a prompt; depths: from 0, the start, to 1, right before the question; samples: prompts
+    in a cell, other ones in each, and the same for every model. Returns lengths, depths, samples, found
+    (prompts answered rightly) and accuracy (found / samples), the last two by [length][depth].
     """
     if samples < 1 or not lengths or not depths:
         raise ValueError(f"samples={samples} must be at least 1, with at least one length and one depth")

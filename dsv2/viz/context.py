@@ -1,4 +1,4 @@
-"""Chapter 11 in pictures: wavelengths under RoPE, interpolation and YaRN; needles found by length and depth."""
+"""Chapter 11 in pictures: wavelengths under RoPE, interpolation, YaRN; needles found by length and depth."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def needle_heatmaps(
     depths: Sequence[float],
     trained: int | None = None,
 ) -> Figure:
-    """The share of needles found, a panel for each name (1 to 6): lengths along, depths down, the start on top.
+    """The share of needles found, a panel for each name (1 to 6): lengths along, depths down, start on top.
 
     found: by name, shares from 0 to 1 by [length][depth]. trained: a length; what is longer is marked.
     """
@@ -139,7 +139,7 @@ def _names_at_the_end(ax: Axes, ends: Mapping[str, float]) -> None:
 
 
 def stretched_wavelengths(dim: int, theta: float, yarn: YarnScaling, axes: Axes | None = None) -> Figure:
-    """Tokens for a whole turn of each pair under RoPE, interpolation and YaRN, with the trained and new length."""
+    """Tokens for a whole turn of each pair under RoPE, interpolation and YaRN, and both lengths."""
     ax = new_axes(axes, 10.0, 5.0, left=1.2, right=0.4, bottom=0.8, top=0.3)
     context = yarn.original_max_position_embeddings
     three = {
@@ -191,7 +191,7 @@ def turning_pairs(dim: int, theta: float, yarn: YarnScaling) -> tuple[int, int]:
 
 
 def context_explorer(stored: Mapping[str, Any]) -> Explorer:
-    """Sliders for s, alpha, beta and the channels beside wavelengths; length and depth pick a cell of the runs.
+    """Sliders for s, alpha, beta, channels over wavelengths; length and depth pick a cell of the runs.
 
     stored: `data/runs/context.json`. The cell is as measured, with the runs' own s, alpha and beta.
     """
@@ -266,9 +266,9 @@ def context_caption(stored: Mapping[str, Any], factor: float, alpha: float, beta
     kept, slowed = turning_pairs(dim, theta, yarn)
     root = 0.0707 * math.log(factor) + 1
     return (
-        f"<div style='max-width:1040px'><b>{kept} of {dim // 2} pairs</b> make a whole turn within {trained:,} "
-        f"tokens. YaRN slows {slowed} down in full; sqrt(t) = {root:.3f}, so scores are multiplied by "
-        f"t = {root**2:.3f}. The measured runs have s = {stored['setting']['factor']:g}, alpha = 1, beta = 32, "
-        f"{stored['setting']['model']['qk_rope_head_dim']} channels, trained on "
+        f"<div style='max-width:1040px'><b>{kept} of {dim // 2} pairs</b> make a whole turn within "
+        f"{trained:,} tokens. YaRN slows {slowed} down in full; sqrt(t) = {root:.3f}, so scores are "
+        f"multiplied by t = {root**2:.3f}. The measured runs have s = {stored['setting']['factor']:g}, alpha "
+        f"= 1, beta = 32, {stored['setting']['model']['qk_rope_head_dim']} channels, trained on "
         f"{stored['setting']['training']['longest']} tokens.</div>"
     )
