@@ -122,7 +122,7 @@ def test_a_planted_bug_is_seen_in_the_grid():
     assert grid["found"] == [[0, 0]]
     model = Finder(reach=5)
     assert model.training
-    needle_grid(model, (16,), (0.5,), samples=1, progress=False)
+    needle_grid(model, (24,), (0.5,), samples=1, progress=False)
     assert model.training, "left as it was"
 
 
@@ -163,7 +163,7 @@ def test_interpolation_has_no_temperature_and_survives_every_form():
 def small() -> context.Setting:
     training = context.Training(steps=3, batch=2, shortest=16, longest=20, lr=1e-3, questions=1)
     return context.Setting(
-        context.SMALL.model, training, training, 4.0, (16, 40), (0.0, 0.5, 1.0), samples=3, looks=(0, 2, 3)
+        context.SMALL.model, training, training, 4.0, (24, 40), (0.0, 0.5, 1.0), samples=3, looks=(0, 2, 3)
     )
 
 

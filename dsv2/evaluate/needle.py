@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from dsv2.data.needle import TASK, NeedleTask, needle_prompts
-from dsv2.model import DeepSeekV2
 
 TOKENS_AT_ONCE = 16_384  # of the prompts in one forward pass
 
 
 @torch.no_grad()
 def needle_grid(
-    model: DeepSeekV2,
+    model: nn.Module,
     lengths: Sequence[int],
     depths: Sequence[float],
     *,
@@ -28,9 +28,10 @@ def needle_grid(
 ) -> dict[str, Any]:
     """The share of needles found in each cell, by greedy answers: the most likely token must be the word.
 
-    lengths: tokens of a prompt; depths: from 0, the start, to 1, right before the question; samples: prompts
-    in a cell, other ones in each, and the same for every model. Returns lengths, depths, samples, found
-    (prompts answered rightly) and accuracy (found / samples), the last two by [length][depth].
+    model: a DeepSeekV2, or what is called like one. lengths: tokens of a prompt; depths: from 0, the start,
+    to 1, right before the question; samples: prompts in a cell, other ones in each, the same for every
+    model. Returns lengths, depths, samples, found (prompts answered rightly) and accuracy (found / samples),
+    the last two by [length][depth].
     """
     if samples < 1 or not lengths or not depths:
         raise ValueError(f"samples={samples} must be at least 1, with at least one length and one depth")
