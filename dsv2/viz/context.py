@@ -67,9 +67,7 @@ def needle_heatmaps(
         if trained is not None:
             edge = sum(length <= trained for length in lengths) - 0.5
             panel.axvline(edge, color=style.VERMILLION, linewidth=2.5, linestyle=(0, (4, 2)))
-        panel.set_title(
-            f"{name}: {grid[-1].mean():.0%}", fontsize=BASE, color=INK, loc="left", pad=5, fontweight="bold"
-        )
+        panel.set_title(f"{name}: {grid[-1].mean():.0%}", fontsize=SMALL, color=INK, loc="left", pad=5)
         by_length = ", ".join(f"{share.mean():.0%} at {length:,}" for length, share in zip(lengths, grid))
         said.append(f"{name}: {by_length}")
     for panel in panels[:, 0]:
@@ -161,15 +159,15 @@ def stretched_wavelengths(dim: int, theta: float, yarn: YarnScaling, axes: Axes 
     for tokens, text in ((context, "trained"), (context * yarn.factor, "new length")):
         ax.axhline(tokens, color=INK, linewidth=1.6, linestyle=(0, (5, 3)), zorder=1)
         ax.annotate(
-            f"{text}: {tokens:,.0f}", (0.99, tokens), xycoords=("axes fraction", "data"), xytext=(0, 3),
-            textcoords="offset points", fontsize=SMALL, color=INK, ha="right",
+            f"{text}: {tokens:,.0f}", (0.99, tokens), xycoords=("axes fraction", "data"), xytext=(0, -4),
+            textcoords="offset points", fontsize=SMALL, color=INK, ha="right", va="top",
         )  # fmt: skip
     ax.set_xlim(-0.8, pairs - 0.2)
     ax.set_ylim(3, max(top, context * yarn.factor) * 12)
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     ax.yaxis.set_major_locator(LogLocator(10.0))
     ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.yaxis.set_major_formatter(FuncFormatter(_short))
     ax.legend(loc="upper left", fontsize=SMALL, frameon=False, handletextpad=0.2, borderaxespad=0.1)
     label(ax, "pair of channels (grey: YaRN's ramp)", "tokens for a whole turn")
     kept, slowed = turning_pairs(dim, theta, yarn)
@@ -178,6 +176,14 @@ def stretched_wavelengths(dim: int, theta: float, yarn: YarnScaling, axes: Axes 
         f"{pairs} pairs: {kept} turn fully within the trained {context:,} tokens under RoPE; YaRN slows "
         f"{slowed} down in full, by {yarn.factor:g}, and its ramp goes from pair {low} to {high}.",
     )
+
+
+def _short(tokens: float, _: int = 0) -> str:
+    """A number of tokens for an axis: 100, 10K, 1M."""
+    for size, letter in ((1e6, "M"), (1e3, "K")):
+        if tokens >= size:
+            return f"{tokens / size:g}{letter}"
+    return f"{tokens:g}"
 
 
 def turning_pairs(dim: int, theta: float, yarn: YarnScaling) -> tuple[int, int]:
