@@ -239,7 +239,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1, help="runs at the same time (default: 1)")
     parser.add_argument("--steps", type=int, help="of the training (default: the setting's)")
     parser.add_argument("--large", action="store_true", help="a larger model and longer texts, for a GPU")
-    parser.add_argument("--out", type=Path, help="(default: data/runs/context.json, or context_large.json)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="seeds that it holds are not repeated (default: data/runs/context.json, or context_large.json)",
+    )
     parser.add_argument(
         "--save",
         type=Path,
@@ -260,8 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **provenance(),
         "setting": {**dataclasses.asdict(setting), "model": setting.model.to_dict()},
     }
-    tasks = [(setting, seed, options.save if seed == 0 else None) for seed in range(options.seeds)]
-    done: dict[int, dict[str, Any]] = {}
+    done = earlier_runs(out, stored, options.seeds)
+    missing = [seed for seed in range(options.seeds) if seed not in done]
+    tasks = [(setting, seed, options.save if seed == 0 else None) for seed in missing]
     torch.set_num_threads(1)
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         for run in tqdm(pool.imap_unordered(_measure, tasks), total=len(tasks), unit="run", disable=None):
@@ -270,6 +275,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write(out, {**stored, "runs": [done[seed] for seed in sorted(done)]})
     print(out)
     return 0
+
+
+def earlier_runs(path: Path, stored: dict[str, Any], seeds: int) -> dict[int, dict[str, Any]]:
+    """Runs, by seed, that `path` holds already: of the same setting, device and versions only."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        here = json.loads(json.dumps(stored))  # tuples become lists
+        if any(found[key] != here[key] for key in ("device", "versions", "setting")):
+            return {}
+        return {run["seed"]: run for run in found["runs"] if run["seed"] < seeds}
+    except (FileNotFoundError, KeyError, json.JSONDecodeError):
+        return {}
 
 
 def load(path: Path = DATA / "context.json") -> dict[str, Any]:
