@@ -27,7 +27,7 @@ SETTING = STORED["setting"]
 
 def readable(figure) -> None:
     figure.canvas.draw()
-    assert overlaps(figure) == [] and outside(figure) == []
+    assert overlaps(figure, texts_of(figure)) == [] and outside(figure) == []
     assert min(text.get_fontsize() for text in texts_of(figure)) >= SMALL
 
 

@@ -30,14 +30,15 @@ PANELS_IN_A_ROW = 3
 
 
 def needle_heatmaps(
-    found: Mapping[str, Sequence[Sequence[float]]],
+    found: Mapping[str, Any],
     lengths: Sequence[int],
     depths: Sequence[float],
     trained: int | None = None,
 ) -> Figure:
     """The share of needles found, a panel for each name (1 to 6): lengths along, depths down, start on top.
 
-    found: by name, shares from 0 to 1 by [length][depth]. trained: a length; what is longer is marked.
+    found: by name, shares from 0 to 1 by [length][depth], lists or an array. trained: a length; what is
+    longer is marked.
     """
     if not 1 <= len(found) <= 6:
         raise ValueError(f"found has {len(found)} names; 1 to 6 fit")
@@ -156,11 +157,16 @@ def stretched_wavelengths(dim: int, theta: float, yarn: YarnScaling, axes: Axes 
         top = max(top, waves[-1])
     ax.set_yscale("log")
     ax.axvspan(low, min(max(high, low), pairs), color=style.PALE, zorder=0, linewidth=0)
-    for tokens, text in ((context, "trained"), (context * yarn.factor, "new length")):
+    marked = {"trained": context, "new length": context * yarn.factor}
+    if yarn.factor == 1:
+        del marked["new length"]
+    for text, tokens in marked.items():
+        above = text != "trained" and yarn.factor < 4  # the lines lie close together
         ax.axhline(tokens, color=INK, linewidth=1.6, linestyle=(0, (5, 3)), zorder=1)
         ax.annotate(
-            f"{text}: {tokens:,.0f}", (0.99, tokens), xycoords=("axes fraction", "data"), xytext=(0, -4),
-            textcoords="offset points", fontsize=SMALL, color=INK, ha="right", va="top",
+            f"{text}: {tokens:,.0f}", (0.99, tokens), xycoords=("axes fraction", "data"), ha="right",
+            xytext=(0, 3 if above else -4), textcoords="offset points", fontsize=SMALL, color=INK,
+            va="bottom" if above else "top",
         )  # fmt: skip
     ax.set_xlim(-0.8, pairs - 0.2)
     ax.set_ylim(3, max(top, context * yarn.factor) * 12)
