@@ -8,6 +8,7 @@ import sys
 
 BENCHMARKS = {
     "balance": "small models trained with and without the balance losses: experts' loads and losses",
+    "context": "needles in texts longer than the trained ones: RoPE, interpolation, YaRN",
     "decode": "attention over the latent cache: our kernels, their peers and the hardware's limit",
     "device-limit": "small models trained with tokens limited to 1 to 8 devices",
     "generate": "decoding and prefill of a V2-Lite-shaped model against transformers and the limit",
