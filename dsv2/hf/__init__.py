@@ -837,7 +837,7 @@ def _windows_free_memory() -> int:
 
 
 def _gigabytes(size: float) -> str:
-    if size < 1e5:
+    if size < 1e6:
         return f"{size / 1e3:.1f} KB"
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
