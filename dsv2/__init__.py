@@ -31,7 +31,7 @@ from __future__ import annotations
 import importlib
 import os
 
-from dsv2.config import PRESETS, DSV2Config, YarnScaling
+from dsv2.config import PRESETS, DSV2Config, LinearScaling, YarnScaling
 from dsv2.generate import generate, stream
 from dsv2.hf import load_pretrained, save_pretrained
 from dsv2.model import DeepSeekV2, ModelOutput
@@ -42,6 +42,7 @@ __all__ = [
     "PRESETS",
     "DSV2Config",
     "DeepSeekV2",
+    "LinearScaling",
     "ModelOutput",
     "YarnScaling",
     "__version__",

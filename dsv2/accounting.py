@@ -1,4 +1,4 @@
-"""The arithmetic of a DeepSeek-V2: parameters, what the cache holds, FLOPs, bytes read, from a config alone.
+"""The arithmetic of a DeepSeek-V2: parameters, cache, memory, FLOPs, bytes read, from a config alone.
 
 Every count is a `Breakdown`: named parts that add up. Matrix products alone are counted as work, two FLOPs a
 multiply-add; norms, softmax, rotations and the embedding's look-up are left out.
@@ -145,9 +145,14 @@ def expert_parameters(cfg: DSV2Config) -> int:
 
 def attention_parameters(cfg: DSV2Config) -> int:
     """One layer's attention, the norms on its latents included."""
+    if cfg.attention == "mla":
+        return mla_parameters(cfg)
+    return sum(rows * columns for rows, columns in _projections(cfg))
+
+
+def mla_parameters(cfg: DSV2Config) -> int:
+    """One layer's MLA: its matrices (equations 37 to 47), and the norms on c^KV and, if there is one, c^Q."""
     projections = sum(rows * columns for rows, columns in _projections(cfg))
-    if cfg.attention != "mla":
-        return projections
     norms = cfg.kv_lora_rank + (cfg.q_lora_rank or 0)
     return projections + _expansion_width(cfg) * cfg.kv_lora_rank + norms
 
@@ -227,6 +232,31 @@ def bits_per_element(dtype: Any) -> float:
     if name not in BITS:
         raise ValueError(f"dtype={dtype!r} is unknown; give a number of bits or one of {', '.join(BITS)}")
     return float(BITS[name])
+
+
+# ----------------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class Memory(Breakdown):
+    """Bytes that a model takes where it runs; what a forward pass needs for a moment comes on top."""
+
+    weights: float = 0
+    cache: float = 0
+
+
+def memory_needed(
+    cfg: DSV2Config, dtype: Any = "bfloat16", context: int = 0, batch: int = 1, cache_dtype: Any = None
+) -> Memory:
+    """Bytes of all weights in `dtype`, and of the cache of `batch` texts of `context` tokens each.
+
+    All experts count, chosen or not: the next token may choose any of them. dtype: see `bits_per_element`;
+    cache_dtype: the cache's, None: the same. Raises ValueError for a negative context or a batch below 1.
+    """
+    if context < 0 or batch < 1:
+        raise ValueError(f"context={context} must be at least 0 and batch={batch} at least 1")
+    each = kv_bytes_per_token(cfg, dtype if cache_dtype is None else cache_dtype)
+    return Memory(weights=parameters(cfg).total * bits_per_element(dtype) / 8, cache=batch * context * each)
 
 
 # ------------------------------------------------------------------------------------------------- work
@@ -415,6 +445,11 @@ def report(cfg: DSV2Config, context: int = 4096, batch: int = 1) -> str:
             )
         )
     sections.append(("Cache per token", _align(rows)))
+    rows = [("", "weights", f"cache, batch {batch}", "together")]
+    for dtype in ("float32", "bfloat16", "float8"):
+        size = memory_needed(cfg, dtype, context, batch)
+        rows.append((dtype, *(f"{part / 1e9:,.2f} GB" for part in (size.weights, size.cache, size.total))))
+    sections.append((f"Memory, context {context:,}", _align(rows)))
     training = {"training": training_flops_per_token(cfg, context)}
     training["prefill"] = prefill_flops_per_token(cfg, context)
     forms = FORMS if cfg.attention == "mla" else ("cached",)
@@ -450,7 +485,7 @@ def _read_config(name: str) -> DSV2Config:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dsv2.accounting",
-        description="Parameters, cache, FLOPs and bytes of a DeepSeek-V2, from its config alone.",
+        description="Parameters, cache, memory, FLOPs and bytes of a DeepSeek-V2, from its config alone.",
     )
     parser.add_argument("config", help=f"a preset ({', '.join(PRESETS)}) or a config.json")
     parser.add_argument("--context", type=int, default=4096, help="tokens of context (default: 4096)")

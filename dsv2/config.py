@@ -32,6 +32,16 @@ class YarnScaling:
 
 
 @dataclass(frozen=True)
+class LinearScaling:
+    """Position interpolation: every frequency divided by `factor`, with no temperature (arXiv 2306.15595).
+
+    DeepSeek-V2 does not use it; chapter 11 compares YaRN with it.
+    """
+
+    factor: float
+
+
+@dataclass(frozen=True)
 class DSV2Config:
     """Everything that fixes the shape and the behaviour of a model.
 
@@ -64,7 +74,7 @@ class DSV2Config:
     head_dim: int | None = None  # baselines only; None: qk_nope_head_dim
     num_key_value_heads: int | None = None  # "gqa" only
     rope_theta: float = 10000.0
-    rope_scaling: YarnScaling | None = None
+    rope_scaling: YarnScaling | LinearScaling | None = None
 
     # Experts
     n_routed_experts: int = 64  # N_r
@@ -190,8 +200,9 @@ class DSV2Config:
             raise ValueError(f"these fields have no default and are missing: {', '.join(missing)}")
         fields = dict(fields)
         if isinstance(fields.get("rope_scaling"), dict):
+            linear = set(fields["rope_scaling"]) == {"factor"}
             try:
-                fields["rope_scaling"] = YarnScaling(**fields["rope_scaling"])
+                fields["rope_scaling"] = (LinearScaling if linear else YarnScaling)(**fields["rope_scaling"])
             except TypeError as error:
                 raise ValueError(
                     f"rope_scaling={fields['rope_scaling']!r} does not fit YarnScaling: {error}"
@@ -225,13 +236,15 @@ class DSV2Config:
         if not self.n_routed_experts:  # there a model is dense when its dense layers are all there are
             own["first_k_dense_replace"] = self.first_k_dense_replace
             fields["first_k_dense_replace"] = self.num_hidden_layers
-        yarn = fields.pop("rope_scaling")
+        scaling, kind = fields.pop("rope_scaling"), "yarn"
+        if isinstance(self.rope_scaling, LinearScaling):
+            kind = "linear"
         return {
             "architectures": ["DeepseekV2ForCausalLM"],
             "model_type": "deepseek_v2",
             **fields,
             "num_key_value_heads": self.num_attention_heads,
-            "rope_scaling": None if yarn is None else {"type": "yarn", **yarn},
+            "rope_scaling": None if scaling is None else {"type": kind, **scaling},
             "hidden_act": "silu",
             "attention_bias": False,
             "attention_dropout": 0.0,
@@ -279,12 +292,12 @@ def _type_problems(cfg: DSV2Config):
             yield f"{field.name}={value!r} must be true or false"
         elif kind == "str" and not isinstance(value, str):
             yield f"{field.name}={value!r} must be a string"
-    yarn = cfg.rope_scaling
-    if yarn is not None and not isinstance(yarn, YarnScaling):
-        yield f"rope_scaling={yarn!r} must be a YarnScaling or None"
-    elif yarn is not None:
-        for field in dataclasses.fields(yarn):
-            value = getattr(yarn, field.name)
+    scaling = cfg.rope_scaling
+    if scaling is not None and not isinstance(scaling, (YarnScaling, LinearScaling)):
+        yield f"rope_scaling={scaling!r} must be a YarnScaling, a LinearScaling or None"
+    elif scaling is not None:
+        for field in dataclasses.fields(scaling):
+            value = getattr(scaling, field.name)
             if not _is_number(value):
                 yield f"rope_scaling.{field.name}={value!r} must be a finite number below 2**63"
 
@@ -338,10 +351,10 @@ def _value_problems(cfg: DSV2Config):
                     f"{cfg.num_attention_heads}; got num_key_value_heads={groups}"
                 )
 
+    if cfg.rope_scaling is not None and cfg.rope_scaling.factor < 1:
+        yield f"rope_scaling.factor={cfg.rope_scaling.factor} must be at least 1: it lengthens the context"
     yarn = cfg.rope_scaling
-    if yarn is not None:
-        if yarn.factor < 1:
-            yield f"rope_scaling.factor={yarn.factor} must be at least 1: YaRN lengthens the context"
+    if isinstance(yarn, YarnScaling):
         if yarn.original_max_position_embeddings < 1:
             yield (
                 "rope_scaling.original_max_position_embeddings="
@@ -486,8 +499,8 @@ def _from_hf_fields(raw: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _hf_rope(raw: dict[str, Any]) -> tuple[float, YarnScaling | None]:
-    """(rope_theta, YaRN) from transformers 5's `rope_parameters` or 4's `rope_scaling` and `rope_theta`."""
+def _hf_rope(raw: dict[str, Any]) -> tuple[float, YarnScaling | LinearScaling | None]:
+    """(rope_theta, scaling) from transformers 5's `rope_parameters`, or 4's `rope_scaling` and theta"""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_scaling={rope!r} must be an object or null")
@@ -495,10 +508,14 @@ def _hf_rope(raw: dict[str, Any]) -> tuple[float, YarnScaling | None]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind != "yarn":
-        raise ValueError(f"rope type {kind!r} is not supported; DeepSeek-V2 has 'yarn' or none")
+    if kind not in ("yarn", "linear"):
+        raise ValueError(
+            f"rope type {kind!r} is not supported; DeepSeek-V2 has 'yarn' or none; 'linear' is read too"
+        )
     if rope.get("factor") is None:
-        raise ValueError("rope_scaling of type 'yarn' needs a factor")
+        raise ValueError(f"rope_scaling of type {kind!r} needs a factor")
+    if kind == "linear":
+        return theta, LinearScaling(rope["factor"])
     known = {f.name: rope[f.name] for f in dataclasses.fields(YarnScaling) if rope.get(f.name) is not None}
     known.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings", 4096))
     # Absent in a config means 'no extra factor' there, whatever DeepSeek-V2's own value is.

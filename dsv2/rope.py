@@ -14,13 +14,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dsv2.config import DSV2Config, YarnScaling
+from dsv2.config import DSV2Config, LinearScaling, YarnScaling
 from dsv2.kernels import prefill
 
 
 def rope_frequencies(dim: int, theta: float = 10000.0) -> Float[Tensor, " pairs"]:
     """Radians per position of each pair: theta^(-2i/dim) for i = 0 .. dim/2 - 1. float32, fastest first."""
     return theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+
+
+def interpolated_frequencies(dim: int, theta: float, factor: float) -> Float[Tensor, " pairs"]:
+    """Frequencies after position interpolation: all of them divided by `factor` (arXiv 2306.15595).
+
+    Position p then has the angles that p / factor had: none that is new, but neighbours lie closer together.
+    """
+    return rope_frequencies(dim, theta) / factor
 
 
 def yarn_correction_range(dim: int, theta: float, yarn: YarnScaling) -> tuple[int, int]:
@@ -64,7 +72,9 @@ def softmax_scale(cfg: DSV2Config) -> float:
     """
     width = cfg.qk_head_dim if cfg.attention == "mla" else cfg.baseline_head_dim
     yarn = cfg.rope_scaling
-    temperature = 1.0 if yarn is None else yarn_temperature(yarn.factor, yarn.mscale_all_dim) ** 2
+    temperature = 1.0
+    if isinstance(yarn, YarnScaling):
+        temperature = yarn_temperature(yarn.factor, yarn.mscale_all_dim) ** 2
     return temperature / math.sqrt(width)
 
 
@@ -88,26 +98,29 @@ def rotate_pairs(
 class RotaryEmbedding(nn.Module):
     """cos and sin of every position's angles: (batch, tokens) -> two (batch, tokens, pairs), float32.
 
-    `dim` is the number of rotated channels. The angles are computed for the positions asked for, so there is
-    no table to outgrow; one model holds one of these and all layers share its output.
+    `dim` is the number of rotated channels, `scaling` how they are stretched (YaRN, interpolation, None). The
+    angles are computed for the positions asked for, so there is no table to outgrow; one
+    model holds one of these and all layers share its output.
     """
 
-    def __init__(self, dim: int, theta: float = 10000.0, yarn: YarnScaling | None = None):
+    def __init__(self, dim: int, theta: float = 10000.0, scaling: YarnScaling | LinearScaling | None = None):
         super().__init__()
-        self.dim, self.theta, self.yarn = dim, theta, yarn
+        self.dim, self.theta, self.scaling = dim, theta, scaling
         self.length = (
             1.0  # of the rotary vectors; with mscale = mscale_all_dim, as in DeepSeek-V2, it stays 1
         )
-        if yarn is not None:
-            self.length = yarn_temperature(yarn.factor, yarn.mscale) / yarn_temperature(
-                yarn.factor, yarn.mscale_all_dim
+        if isinstance(scaling, YarnScaling):
+            self.length = yarn_temperature(scaling.factor, scaling.mscale) / yarn_temperature(
+                scaling.factor, scaling.mscale_all_dim
             )
         self.register_buffer("frequencies", self._frequencies(), persistent=False)
 
     def _frequencies(self) -> Float[Tensor, " pairs"]:
-        if self.yarn is None:
+        if self.scaling is None:
             return rope_frequencies(self.dim, self.theta)
-        return yarn_frequencies(self.dim, self.theta, self.yarn)
+        if isinstance(self.scaling, LinearScaling):
+            return interpolated_frequencies(self.dim, self.theta, self.scaling.factor)
+        return yarn_frequencies(self.dim, self.theta, self.scaling)
 
     def _apply(self, fn, recurse=True):
         """Keep the frequencies float32 in a bf16 model, and give them values when it leaves `meta`."""

@@ -155,6 +155,30 @@ def test_a_breakdown_adds_multiplies_and_prints():
         one.head = 0
 
 
+# -------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("name", [*VARIANTS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_what_the_model_and_its_cache_hold(name, dtype):
+    model = on_meta(variant(name)).to(dtype)
+    cache = model.new_cache(3, 17)
+    held = [cache.entries] if model.cfg.attention == "mla" else [cache.keys, cache.values]
+    needed = accounting.memory_needed(model.cfg, dtype, context=17, batch=3)
+    assert needed.weights == sum(p.nbytes for p in model.parameters())
+    assert needed.cache == sum(t.nbytes for t in held) == needed.total - needed.weights
+    assert accounting.memory_needed(model.cfg, dtype) == accounting.Memory(needed.weights, 0)
+
+
+def test_memory_of_the_released_models():
+    lite, full = DSV2Config.preset("lite"), DSV2Config.preset("full")
+    assert accounting.memory_needed(lite).weights == 2 * 15_706_484_224
+    assert accounting.memory_needed(full, "float32").total == 4 * 235_741_434_880
+    assert accounting.memory_needed(full, "float8", 1000, 2, cache_dtype=6).cache == 2 * 1000 * 25_920
+    with pytest.raises(ValueError, match="context=-1 must be at least 0"):
+        accounting.memory_needed(lite, context=-1)
+
+
 # -------------------------------------------------------------------------------------------- the cache
 
 

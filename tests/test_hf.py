@@ -571,10 +571,109 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_allocated(tmp_p
     save_pretrained(random_model(MLA), tmp_path)
     monkeypatch.setattr(hf, "available_memory", lambda: 50_000)
     monkeypatch.setattr(hf, "DeepSeekV2", lambda cfg: pytest.fail("the model was built"))
-    with pytest.raises(
-        ValueError, match=r"needs 0\.1 MB on cpu .* parameters in torch.float32\) and 0\.1 MB"
-    ):
+    needs = r"needs 111\.6 KB on cpu \(27,888 parameters in float32\) and 50\.0 KB are free; "
+    with pytest.raises(ValueError, match=f"{needs}it takes a machine with .*in bfloat16: 55.8 KB"):
         load_pretrained(tmp_path)
+    monkeypatch.setattr(hf, "available_memory", lambda: 60_000)
+    with pytest.raises(ValueError, match=r"60\.0 KB are free; try dtype=torch.bfloat16 \(needs 55\.8 KB\)"):
+        load_pretrained(tmp_path)
+    monkeypatch.setattr(hf, "available_memory", lambda: 112_000)
+    with pytest.raises(ValueError, match=r"of main memory while it is loaded, 11\.7 KB of it for the tensor"):
+        load_pretrained(tmp_path)
+
+
+def plant_gpus(monkeypatch, *free: int, held: int = 0) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index or 0], 10**12))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: held + 7_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7_000)
+
+
+def test_too_little_memory_is_answered_with_what_would_help(monkeypatch):
+    """V2-Lite: 62.8 GB in float32, 31.4 GB in bfloat16, 31,104 bytes of cache a token there."""
+    lite, gb = DSV2Config.preset("lite"), 10**9
+    plant_gpus(monkeypatch)
+
+    def asked(free, *arguments, **options):
+        monkeypatch.setattr(hf, "available_memory", lambda: free)
+        return hf.require_memory(lite, *arguments, name="Lite", **options)
+
+    said = asked(40 * gb, torch.bfloat16)
+    assert said == "Lite needs 31.4 GB on cpu (15,706,484,224 parameters in bfloat16); 40.0 GB are free"
+    assert asked(None, torch.float32).endswith("how much is free is unknown")
+    assert "meta" in hf.require_memory(lite, torch.float32, "meta")
+    with pytest.raises(ValueError, match=r"try dtype=torch\.bfloat16 \(needs 31\.4 GB\)$"):
+        asked(40 * gb, torch.float32)
+    with pytest.raises(ValueError, match=r"a machine with 31\.4 GB of free memory: nothing here has"):
+        asked(30 * gb, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"32\.4 GB on .*1\.0 GB of it for the cache.* a shorter context"):
+        asked(32 * gb, torch.bfloat16, context=32_768)
+    assert asked(33 * gb, torch.bfloat16, context=32_768)
+    with pytest.raises(ValueError, match="fewer texts at once"):
+        asked(33 * gb, torch.bfloat16, context=32_768, batch=2)
+
+    plant_gpus(monkeypatch, 20 * gb, 80 * gb)
+    with pytest.raises(ValueError, match=r"; try device='cuda:1' \(80\.0 GB free\)$"):
+        asked(30 * gb, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"device='cpu' with dtype=torch.bfloat16 \(40\.0 GB free\), or dev"):
+        asked(40 * gb, torch.float32, "cuda:0")
+    assert asked(0, torch.bfloat16, "cuda:1")
+    plant_gpus(monkeypatch, 30 * gb, held=2 * gb)
+    assert asked(0, torch.bfloat16, "cuda").endswith("; 32.0 GB are free"), "what PyTorch holds can be used"
+
+
+def test_a_gpu_that_is_too_small_is_refused_before_anything_is_allocated(tmp_path, monkeypatch):
+    save_pretrained(random_model(MLA), tmp_path)
+    plant_gpus(monkeypatch, 50_000)
+    monkeypatch.setattr(hf, "_usable_device", torch.device)
+    monkeypatch.setattr(hf, "DeepSeekV2", lambda cfg: pytest.fail("the model was built"))
+    with pytest.raises(ValueError, match=r"on cuda .* and 50\.0 KB are free; try device='cpu'"):
+        load_pretrained(tmp_path, device="cuda")
+
+
+def test_a_large_model_says_what_it_needs_before_it_is_loaded(tmp_path, monkeypatch, capsys):
+    save_pretrained(random_model(MLA), tmp_path)
+    load_pretrained(tmp_path)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(hf, "_QUIET_BELOW", 1000)
+    load_pretrained(tmp_path, dtype=torch.bfloat16)
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith(f"{tmp_path} needs 55.8 KB on cpu (27,888 parameters in bfloat16); ")
+
+
+def group(folder: Path, limit: object, used: int, files: int, version: int = 2) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current", "inactive_file")
+    if version == 1:
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    for name, value in zip(names, (f"{limit}\n", f"{used}\n")):
+        (folder / name).write_text(value, encoding="ascii")
+    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {files}\nfile 9\n", encoding="ascii")
+
+
+def test_the_limit_of_a_container_counts(tmp_path):
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    own.write_text("0::/job/step\n", encoding="ascii")
+    assert hf._free_in_groups(root, tmp_path / "missing") is None
+    group(root / "job/step", "max", 100, 0)
+    assert hf._free_in_groups(root, own) is None
+    group(root / "job", 1000, 700, 250)
+    assert hf._free_in_groups(root, own) == 550, "what files take is given back when it is needed"
+    group(root / "job/step", 600, 300, 0)
+    assert hf._free_in_groups(root, own) == 300, "the tightest limit counts"
+    group(root, 200, 150, 0)
+    assert hf._free_in_groups(root, tmp_path / "missing") == 50, "inside a container its limit is the root's"
+    group(root, 200, 250, 0)
+    assert hf._free_in_groups(root, own) == 0
+
+
+def test_the_limit_of_a_container_of_version_1_counts(tmp_path):
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    own.write_text("9:cpu:/docker/1\n4:memory:/docker/1\n0::/\n", encoding="ascii")
+    group(root / "memory", 9223372036854771712, 4000, 0, version=1)
+    assert hf._free_in_groups(root, own) > 2**62
+    group(root / "memory/docker/1", 5000, 4500, 1000, version=1)
+    assert hf._free_in_groups(root, own) == 1500
 
 
 def test_available_memory_is_plausible():
@@ -725,6 +824,13 @@ def test_an_error_while_writing_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- command line
+
+
+def test_help_states_what_the_released_models_need(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "31.4 GB (DeepSeek-V2-Lite) and 471.5 GB (DeepSeek-V2) of memory" in said
 
 
 def test_command_line_describes_and_converts(tmp_path, capsys):

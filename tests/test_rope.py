@@ -193,9 +193,9 @@ def test_yarn_stays_between_kept_and_interpolated(dim, theta, factor, context):
 
 def test_length_of_the_rotary_vectors():
     """mscale / mscale_all_dim stretches cos and sin; DeepSeek-V2's ratio is 1."""
-    assert RotaryEmbedding(8, yarn=V2).length == 1.0
+    assert RotaryEmbedding(8, scaling=V2).length == 1.0
     yarn = YarnScaling(40.0, 4096, mscale=1.0, mscale_all_dim=0.5)
-    cos, sin = RotaryEmbedding(8, yarn=yarn)(torch.tensor([[7, 9]]))
+    cos, sin = RotaryEmbedding(8, scaling=yarn)(torch.tensor([[7, 9]]))
     length = (0.1 * math.log(40) + 1) / (0.05 * math.log(40) + 1)
     torch.testing.assert_close(cos**2 + sin**2, torch.full_like(cos, length**2))
 
@@ -204,7 +204,7 @@ def test_length_of_the_rotary_vectors():
 
 
 def test_casting_a_model_keeps_the_frequencies_in_float32():
-    rotary = RotaryEmbedding(DIM, yarn=V2)
+    rotary = RotaryEmbedding(DIM, scaling=V2)
     exact = rotary.frequencies.clone()
     for cast in (rotary.bfloat16(), rotary.half(), rotary.double(), rotary.to(torch.bfloat16)):
         assert cast.frequencies.dtype == torch.float32

@@ -8,11 +8,13 @@ import sys
 
 BENCHMARKS = {
     "balance": "small models trained with and without the balance losses: experts' loads and losses",
+    "context": "needles in texts longer than the trained ones: RoPE, interpolation, YaRN",
     "decode": "attention over the latent cache: our kernels, their peers and the hardware's limit",
     "device-limit": "small models trained with tokens limited to 1 to 8 devices",
     "generate": "decoding and prefill of a V2-Lite-shaped model against transformers and the limit",
     "moe": "a layer of experts against transformers and the limit",
     "model": "training, prefill and decoding of a whole model against transformers",
+    "pretraining": "small models trained with other schedules, a batch ramp, no balance losses",
     "parallel": "experts on several devices: equal to one, all-to-all, tokens a second (by torchrun)",
     "train": "pretraining: tokens a second beside transformers in a plain loop, and a run to the end",
     "traffic": "bytes between experts on real processes, beside those counted in one",

@@ -176,6 +176,7 @@ class PackedDataset:
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        first: int | None = None,
     ) -> Batch:
         """Rows rank*B/w .. (rank+1)*B/w of the global batch of `step`; a pure function of the arguments.
 
@@ -183,6 +184,9 @@ class PackedDataset:
         sharing one token, so that every token is a target once. Each window of an epoch is used once before
         the next epoch begins; the last tokens that fill no window are left out, others each epoch. For
         gradient accumulation over k micro-batches take `rank * k + micro` of `world_size * k`.
+
+        first: how many windows earlier steps have used, where their batches had other sizes; None: as many as
+        if all had been of this size.
         """
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
@@ -195,7 +199,9 @@ class PackedDataset:
             raise ValueError(f"rank must lie in 0..{world_size - 1}, got {rank}")
         count = self.windows_per_epoch(seq_len)
         rows = batch_size // world_size
-        first = step * batch_size + rank * rows
+        if first is not None and first < 0:
+            raise ValueError(f"first must not be negative, got {first}")
+        first = (step * batch_size if first is None else first) + rank * rows
         windows = []
         for number in range(first, first + rows):
             epoch, place = divmod(number, count)

@@ -46,7 +46,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -56,6 +56,9 @@ from tqdm import tqdm
 
 from dsv2.config import DSV2Config
 from dsv2.model import DeepSeekV2
+
+if TYPE_CHECKING:
+    from dsv2.accounting import Memory
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OWN_MODEL_TYPE = "dsv2"  # of directories with our own tensor names
@@ -253,9 +256,9 @@ class Checkpoint:
     def num_parameters(self) -> int:
         return sum(math.prod(stored.shape) for stored in self.layout.values())
 
-    def memory(self, dtype: torch.dtype | None = None) -> int:
-        """Bytes of the loaded model, without the one tensor that is on its way."""
-        return self.num_parameters * (dtype or self.dtype).itemsize
+    def memory(self, dtype: torch.dtype | None = None, context: int = 0, batch: int = 1) -> Memory:
+        """Bytes of the loaded model, and of its cache; without the one tensor that is on its way."""
+        return _memory_needed(self.cfg, dtype or self.dtype, context, batch)
 
     @property
     def largest_tensor(self) -> int:
@@ -277,6 +280,9 @@ def load_pretrained(
     1 GiB of a file is mapped besides. dtype: of the weights; None: the checkpoint's. check_finite: refuse
     weights that are NaN or infinite. `model.tokenizer` is the directory's, or None.
 
+    What is needed is known before anything is allocated: a large model says so on standard error, one that
+    cannot fit is refused with what would help (`require_memory`).
+
     Raises FileNotFoundError for a missing file, ValueError for one that is broken, does not fit the
     configuration, is a pickle, or does not fit into memory.
     """
@@ -284,7 +290,9 @@ def load_pretrained(
     device, dtype = _usable_device(device), dtype or checkpoint.dtype
     if dtype not in _FLOATS.values():
         raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, _FLOATS.values()))}, or None")
-    _require_memory(checkpoint, device, dtype)
+    said = _require_memory(checkpoint, device, dtype)
+    if checkpoint.memory(dtype).weights >= _QUIET_BELOW:
+        print(said, file=sys.stderr)
     model = _without_memory(checkpoint).to(dtype).to_empty(device=device)
     if checkpoint.cfg.tie_word_embeddings:
         model.head.weight = model.embed.weight  # leaving meta gave each its own
@@ -331,7 +339,9 @@ def describe(checkpoint: Checkpoint) -> str:
     moe = (
         f"{len(cfg.moe_layers)} with {cfg.n_routed_experts} routed experts, {cfg.num_experts_per_tok} a token"
     )
-    free = available_memory()
+    free, types = available_memory(), dict.fromkeys((checkpoint.dtype, torch.bfloat16))
+    sizes = {str(dtype).removeprefix("torch."): _gigabytes(checkpoint.memory(dtype).total) for dtype in types}
+    per_token = checkpoint.memory(context=1).cache
     lines = {
         "directory": checkpoint.directory,
         "layers": f"{cfg.num_hidden_layers}, {moe}, {cfg.n_shared_experts} shared",
@@ -339,8 +349,9 @@ def describe(checkpoint: Checkpoint) -> str:
         "parameters": f"{checkpoint.num_parameters:,}",
         "tensors": f"{len(checkpoint.layout):,} in {len(set(checkpoint.files.values()))} file(s)",
         "type": f"{', '.join(kinds)} on disk, {checkpoint.dtype} when loaded",
-        "memory": f"{_gigabytes(checkpoint.memory())} needed, "
-        + ("free memory unknown" if free is None else f"{_gigabytes(free)} free"),
+        "memory": ", ".join(f"{size} needed in {kind}" for kind, size in sizes.items())
+        + ("; free memory unknown" if free is None else f"; {_gigabytes(free)} free"),
+        "cache": f"{per_token:,.0f} bytes a token, {_gigabytes(32_768 * per_token)} for 32,768",
     }
     return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
 
@@ -654,17 +665,95 @@ def _usable_device(device: torch.device | str) -> torch.device:
     return device
 
 
-def _require_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-    needed = {device.type: checkpoint.memory(dtype)}
-    needed["cpu"] = needed.get("cpu", 0) + 2 * checkpoint.largest_tensor  # as stored, and converted
-    for where, size in needed.items():
-        free = torch.cuda.mem_get_info(device)[0] if where == "cuda" else available_memory()
-        if free is not None and size > free:
-            raise ValueError(
-                f"{checkpoint.directory} needs {_gigabytes(size)} on {where} ({checkpoint.num_parameters:,} "
-                f"parameters in {dtype}) and {_gigabytes(free)} are free; choose a smaller dtype "
-                "(dtype=torch.bfloat16), another device, or a machine with more memory"
-            )
+def require_memory(
+    cfg: DSV2Config,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    context: int = 0,
+    batch: int = 1,
+    name: str = "the model",
+) -> str:
+    """What a model needs and what is free, in a sentence; ValueError, with what would help, if it cannot fit.
+
+    Counted are the weights in `dtype` and the cache of `batch` texts of `context` tokens, not what a forward
+    pass needs for a moment. Where the system does not tell what is free, nothing is refused.
+    """
+    device = torch.device(device)
+    needed = _memory_needed(cfg, dtype, context, batch)
+    free = free_memory(device)
+    count = sum(math.prod(shape) for shape in hf_tensor_names(cfg, fused_experts=True).values())
+    held = f"{count:,} parameters in {str(dtype).removeprefix('torch.')}"
+    held += f", {_gigabytes(needed.cache)} of it for the cache" if needed.cache else ""
+    what = f"{name} needs {_gigabytes(needed.total)} on {device} ({held})"
+    if free is None:
+        return f"{what}; how much is free is unknown"
+    if needed.total <= free:
+        return f"{what}; {_gigabytes(free)} are free"
+    way_out = _what_would_help(cfg, dtype, device, free, context, batch)
+    raise ValueError(f"{what} and {_gigabytes(free)} are free; {way_out}")
+
+
+def _memory_needed(cfg: DSV2Config, dtype: torch.dtype, context: int = 0, batch: int = 1) -> Memory:
+    from dsv2.accounting import memory_needed  # here, as `python -m dsv2.accounting` is to load it afresh
+
+    return memory_needed(cfg, dtype, context, batch)
+
+
+def _what_would_help(
+    cfg: DSV2Config, dtype: torch.dtype, device: torch.device, free: int, context: int, batch: int
+) -> str:
+    """Which of a smaller type, another device and another machine would do, with numbers."""
+    needed = _memory_needed(cfg, dtype, context, batch).total
+    narrow = _memory_needed(cfg, torch.bfloat16, context, batch).total
+    ways = []
+    if narrow < needed and narrow <= free:
+        ways.append(f"dtype=torch.bfloat16 (needs {_gigabytes(narrow)})")
+    least = min(needed, narrow)
+    if context and _memory_needed(cfg, dtype).total <= free:
+        ways.append("a shorter context or fewer texts at once (the weights alone would fit)")
+    for other in _other_devices(device):
+        there = free_memory(other)
+        if there is not None and there >= least:
+            type_there = "" if there >= needed else " with dtype=torch.bfloat16"
+            ways.append(f"device='{other}'{type_there} ({_gigabytes(there)} free)")
+    if ways:
+        return "try " + ", or ".join(ways)
+    also = f" (in bfloat16: {_gigabytes(narrow)})" if narrow < needed else ""
+    return f"it takes a machine with {_gigabytes(needed)} of free memory{also}: nothing here has as much"
+
+
+def _other_devices(device: torch.device) -> list[torch.device]:
+    """Where else on this machine a model could go: main memory, the GPUs."""
+    found = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    here = torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    return [other for other in found if other != here]
+
+
+def _require_memory(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> str:
+    """`require_memory`, and room in main memory for one tensor as it is stored and as it is converted."""
+    said = require_memory(checkpoint.cfg, dtype, device, name=str(checkpoint.directory))
+    free, passing = available_memory(), 2 * checkpoint.largest_tensor
+    needed = passing if device.type == "cuda" else passing + int(checkpoint.memory(dtype).total)
+    if free is not None and needed > free:
+        raise ValueError(
+            f"{checkpoint.directory} needs {_gigabytes(needed)} of main memory while it is loaded, "
+            f"{_gigabytes(passing)} of it for the tensor that is read, and {_gigabytes(free)} are free; it "
+            "takes a machine with more memory"
+        )
+    return said
+
+
+def free_memory(device: torch.device | str = "cpu") -> int | None:
+    """Bytes that can still be taken on a device; None where that is not known.
+
+    A GPU's free memory, and what PyTorch holds of it without using it; else `available_memory`.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None if device.type == "meta" else available_memory()
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def available_memory() -> int | None:
@@ -676,18 +765,53 @@ def available_memory() -> int | None:
     with contextlib.suppress(OSError, ValueError):
         with open("/proc/meminfo", encoding="ascii") as lines:
             found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):  # the first file holds "max" where there is no limit
-            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    found += [] if (limited := _free_in_groups()) is None else [limited]
     if not found and sys.platform == "win32":
         found.append(_windows_free_memory())
     if not found:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # macOS knows the total only
             found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(found) if found else None
+
+
+def _free_in_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """What the tightest limit on this process's control group, or one above it, leaves; None: no limit.
+
+    Containers and batch systems set such limits. What a group has used includes the files that it has read
+    and that the system would forget at once if room were needed (`inactive_file`); these count as free.
+    """
+    groups = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in own.read_text(encoding="ascii").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "memory"):
+                groups.append((root / controllers, path.strip("/")))
+    found = []
+    for top, path in [*groups, (root, ""), (root / "memory", "")]:  # in a container the path is the host's
+        names = _GROUP_FILES[top.name == "memory"]
+        folder = top / path
+        while folder == top or top in folder.parents:
+            with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+                limit, used = (int((folder / name).read_text()) for name in names[:2])
+                found.append(max(0, limit - used + _statistic(folder / "memory.stat", names[2])))
+            folder = folder.parent
+    return min(found) if found else None
+
+
+# Of control groups in version 2 and 1: the limit, what is used, and memory.stat's name for files.
+_GROUP_FILES = {
+    False: ("memory.max", "memory.current", "inactive_file"),
+    True: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def _statistic(path: Path, name: str) -> int:
+    """A number of a file with lines "name number"; 0 where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in path.read_text(encoding="ascii").splitlines():
+            if line.startswith(f"{name} "):
+                return int(line.split()[1])
+    return 0
 
 
 def _windows_free_memory() -> int:
@@ -712,7 +836,9 @@ def _windows_free_memory() -> int:
     return status.free
 
 
-def _gigabytes(size: int) -> str:
+def _gigabytes(size: float) -> str:
+    if size < 1e6:
+        return f"{size / 1e3:.1f} KB"
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 

@@ -12,7 +12,14 @@ from dsv2.train.checkpoint import CheckpointError, find_checkpoints
 from dsv2.train.distributed import World, start_world
 from dsv2.train.loop import Stopped, train
 from dsv2.train.run_directory import RunDirectory, RunDirectoryError, read_lines
-from dsv2.train.schedule import DECAY, SCHEDULES, TrainConfig, learning_rate
+from dsv2.train.schedule import (
+    DECAY,
+    SCHEDULES,
+    TrainConfig,
+    batch_size_at,
+    learning_rate,
+    learning_rate_at,
+)
 from dsv2.train.trainer import NonFiniteError, Trainer, TrainingData
 
 __all__ = [
@@ -27,8 +34,10 @@ __all__ = [
     "Trainer",
     "TrainingData",
     "World",
+    "batch_size_at",
     "find_checkpoints",
     "learning_rate",
+    "learning_rate_at",
     "read_lines",
     "start_world",
     "train",

@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 import traceback
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
@@ -103,6 +104,24 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--data", metavar="DIR", help="packed data made by python -m dsv2.data --out DIR")
     data.add_argument("--batch-size", type=int, help="sequences in a step, over all processes")
     data.add_argument("--seq-len", type=int, help="tokens in a sequence")
+    data.add_argument(
+        "--batch-ramp-to",
+        type=int,
+        metavar="N",
+        help="let the batch grow from --batch-size to so many sequences, in proportion to the tokens seen",
+    )
+    data.add_argument(
+        "--batch-ramp-tokens",
+        type=int,
+        metavar="TOKENS",
+        help="over so many tokens (default: 2.8 %% of --steps of the largest batch, as in the paper)",
+    )
+    data.add_argument(
+        "--batch-ramp-multiple",
+        type=int,
+        metavar="N",
+        help="in multiples of so many sequences (default: the largest number that divides both ends)",
+    )
     data.add_argument(
         "--micro-batches", type=int, help="compute the batch in so many parts, to save memory (default: 1)"
     )
@@ -319,7 +338,14 @@ def _fit_steps(
         trial.train_step()
         times.append(trial.seconds - before)
     seconds = world.broadcast(median(times[UNTIMED_STEPS:]))
-    steps = max(10, int(0.9 * minutes * 60 / seconds))
+    affordable = int(0.9 * minutes * 60 / seconds)
+    if config.batch_ramp_to is not None:  # a sequence takes about as long in any batch
+
+        def sequences(steps: int) -> int:
+            return TrainConfig(**fields, steps=max(10, steps)).sequences_before(steps)
+
+        affordable = bisect_right(range(affordable + 1), affordable * config.batch_size, key=sequences) - 1
+    steps = max(10, affordable)
     if world.is_main:
         print(f"A step takes {seconds:.3g} s here: {steps:,} steps for {minutes:g} minutes.", flush=True)
     return TrainConfig(**fields, steps=steps)
@@ -484,11 +510,17 @@ def _announce(trainer: Trainer, options: dict[str, Any]) -> None:
     begin = f"Going on from step {trainer.step}" if trainer.step else "Training"
     print(
         f"{begin}: {described.num_parameters():,} parameters, {described.num_parameters(True):,} per token; "
-        f"{config.steps:,} steps of {config.batch_size} x {config.seq_len} = "
-        f"{config.steps * config.tokens_per_step:,} tokens ({config.schedule}, lr {config.lr:g}, "
+        f"{config.steps:,} steps of {_sizes(config)} x {config.seq_len} = "
+        f"{config.tokens_before(config.steps):,} tokens ({config.schedule}, lr {config.lr:g}, "
         f"{config.dtype}); {where}; {trainer.directory.path}",
         flush=True,
     )
+
+
+def _sizes(config: TrainConfig) -> str:
+    if config.batch_ramp_to is None:
+        return str(config.batch_size)
+    return f"{config.batch_size} to {config.largest_batch}"
 
 
 def _conclude(trainer: Trainer, options: dict[str, Any]) -> None:

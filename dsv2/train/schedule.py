@@ -1,10 +1,12 @@
-"""How a run is set up: `TrainConfig`, and the learning rate as a pure function of the step."""
+"""How a run is set up: `TrainConfig`, learning rate and batch size as pure functions of the tokens seen."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 DECAY_POINTS = {"deepseek-v2": (0.6, 0.9), "deepseek-v2-lite": (0.8, 0.9)}
@@ -14,13 +16,66 @@ WSD_STABLE = 0.8
 SCHEDULES = (*DECAY_POINTS, "wsd", "cosine", "constant")
 DTYPES = ("float32", "bfloat16")
 WARMUP_SHARE = 0.02
+RAMP_SHARE = 225 / 8100  # the batch grows over the first 225B of 8.1T tokens (section 3.1.2)
 
 
-def learning_rate(step: int, total: int, *, peak: float, warmup: int, schedule: str = "deepseek-v2") -> float:
+def learning_rate_at(
+    tokens: int,
+    total_tokens: int,
+    *,
+    step: int,
+    peak: float,
+    warmup: int,
+    points: tuple[float, ...] = (0.6, 0.9),
+) -> float:
+    """The paper's learning rate for a step before which `tokens` of `total_tokens` have been seen.
+
+    Linear warm-up over the first `warmup` steps, counted from `step` 0, which has peak / warmup; then `peak`,
+    times 0.316 for every one of `points`, shares of the tokens, that has been reached (section 3.1.2).
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    # In whole numbers: 0.6 * 10 is 6.000000000000001 in some orders of evaluation.
+    passed = sum(round(point * 1000) * total_tokens <= 1000 * tokens for point in points)
+    return peak * DECAY**passed
+
+
+def batch_size_at(tokens: int, *, start: int, end: int, ramp_tokens: int, multiple: int = 1) -> int:
+    """The sequences in a step before which `tokens` tokens have been seen.
+
+    It grows in proportion to the tokens, from `start` at the first to `end` at `ramp_tokens`, rounded down to
+    a multiple of `multiple`, and stays there (section 3.1.2: from 2,304 to 9,216 over the first 225B tokens,
+    "gradually"; that this is a straight line is our reading).
+    """
+    if tokens >= ramp_tokens:
+        return end
+    size = start + (end - start) * tokens // ramp_tokens
+    return max(start, size // multiple * multiple)
+
+
+@lru_cache(maxsize=64)
+def ramp_sequences(start: int, end: int, ramp_tokens: int, seq_len: int, multiple: int) -> tuple[int, ...]:
+    """(steps of the ramp + 1,): the sequences before each of its steps, and before the first after it."""
+    before = [0]
+    while (tokens := before[-1] * seq_len) < ramp_tokens:
+        size = batch_size_at(tokens, start=start, end=end, ramp_tokens=ramp_tokens, multiple=multiple)
+        before.append(before[-1] + size)
+    return tuple(before)
+
+
+def learning_rate(
+    step: int,
+    total: int,
+    *,
+    peak: float,
+    warmup: int,
+    schedule: str = "deepseek-v2",
+    tokens_before: Callable[[int], int] | None = None,
+) -> float:
     """The learning rate of step `step` (from 0) out of `total`.
 
-    Linear warm-up over `warmup` steps to `peak`, then by the share of the tokens seen so far, which is
-    step / total as every step has equally many:
+    tokens_before(n): the tokens of the first n steps; None: every step has equally many. Linear warm-up over
+    `warmup` steps to `peak`, then by the share of the tokens seen so far:
 
     deepseek-v2         x 0.316 at 60 % and again at 90 % (section 3.1.2)
     deepseek-v2-lite    x 0.316 at 80 % and again at 90 % (appendix B.1)
@@ -34,16 +89,16 @@ def learning_rate(step: int, total: int, *, peak: float, warmup: int, schedule: 
         raise ValueError(f"step={step} lies outside a run of {total} steps (0 to {total - 1})")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if schedule in DECAY_POINTS:
-        # In whole numbers: 0.6 * 10 is 6.000000000000001 in some orders of evaluation.
-        passed = sum(round(point * 10) * total <= 10 * step for point in DECAY_POINTS[schedule])
-        return peak * DECAY**passed
+    seen, whole, warmed = (step, total, warmup)
+    if tokens_before is not None:
+        seen, whole, warmed = (tokens_before(n) for n in (step, total, min(warmup, total)))
+    if step < warmup or schedule in DECAY_POINTS:
+        points = DECAY_POINTS.get(schedule, ())
+        return learning_rate_at(seen, whole, step=step, peak=peak, warmup=warmup, points=points)
     if schedule == "wsd":
-        return peak * min(1.0, (1 - step / total) / (1 - WSD_STABLE))
+        return peak * min(1.0, (1 - seen / whole) / (1 - WSD_STABLE))
     if schedule == "cosine":
-        done = (step - warmup) / max(1, total - warmup)
+        done = (seen - warmed) / max(1, whole - warmed)
         return peak * (COSINE_FLOOR + (1 - COSINE_FLOOR) * (1 + math.cos(math.pi * done)) / 2)
     return peak
 
@@ -58,8 +113,11 @@ class TrainConfig:
 
     # How long, and on how much at once
     steps: int = 1000
-    batch_size: int = 16  # sequences in one optimiser step, over all processes
+    batch_size: int = 16  # sequences in one optimiser step, over all processes; with a ramp: at its start
     seq_len: int = 256
+    batch_ramp_to: int | None = None  # the batch grows to so many (section 3.1.2); None: it does not
+    batch_ramp_tokens: int | None = None  # over so many tokens; None: the paper's share of the longest run
+    batch_ramp_multiple: int | None = None  # in multiples of so many; None: what divides both ends
     micro_batches: int = 1  # the batch is computed in this many parts, to save memory
 
     # The optimiser: AdamW with the paper's values (section 3.1.2)
@@ -98,6 +156,10 @@ class TrainConfig:
             "validate_every": tenth,
             "save_every": tenth,
         }
+        if self.batch_ramp_to is not None:
+            most = self.steps * self.batch_ramp_to * self.seq_len
+            defaults["batch_ramp_tokens"] = max(1, round(RAMP_SHARE * most))
+            defaults["batch_ramp_multiple"] = math.gcd(self.batch_size, self.batch_ramp_to)
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -105,20 +167,53 @@ class TrainConfig:
             object.__setattr__(self, "sample_every", self.validate_every)
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.batch_size * self.seq_len
+    def largest_batch(self) -> int:
+        """Sequences in the last step, which has as many as any."""
+        return self.batch_size if self.batch_ramp_to is None else self.batch_size_of(self.steps - 1)
+
+    def sequences_before(self, step: int) -> int:
+        """Sequences in the first `step` steps: where in the data step `step` begins, whatever came before."""
+        if self.batch_ramp_to is None:
+            return step * self.batch_size
+        before = self._ramp()
+        last = min(step, len(before) - 1)
+        return before[last] + (step - last) * self.batch_ramp_to
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens in the first `step` steps."""
+        return self.sequences_before(step) * self.seq_len
+
+    def batch_size_of(self, step: int) -> int:
+        """Sequences in step `step` (from 0), over all processes."""
+        return self.sequences_before(step + 1) - self.sequences_before(step)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of step `step` (from 0)."""
-        return learning_rate(step, self.steps, peak=self.lr, warmup=self.warmup_steps, schedule=self.schedule)
+        return learning_rate(
+            step,
+            self.steps,
+            peak=self.lr,
+            warmup=self.warmup_steps,
+            schedule=self.schedule,
+            tokens_before=None if self.batch_ramp_to is None else self.tokens_before,
+        )
+
+    def _ramp(self) -> tuple[int, ...]:
+        ends = (self.batch_size, self.batch_ramp_to, self.batch_ramp_tokens)
+        return ramp_sequences(*ends, self.seq_len, self.batch_ramp_multiple)
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON types; `TrainConfig(**fields)` reads them back."""
-        return dataclasses.asdict(self)
+        """The fields as plain JSON types; `TrainConfig(**fields)` reads them back. Those of a ramp only if
+        there is one.
+        """
+        fields = dataclasses.asdict(self)
+        if self.batch_ramp_to is None:
+            fields = {name: value for name, value in fields.items() if not name.startswith("batch_ramp")}
+        return fields
 
 
 def _type_problems(config: TrainConfig):
@@ -160,4 +255,30 @@ def _value_problems(config: TrainConfig):
         yield (
             f"batch_size={config.batch_size} must be a multiple of micro_batches={config.micro_batches}, "
             "as the micro-batches are equally large"
+        )
+    yield from _ramp_problems(config)
+
+
+def _ramp_problems(config: TrainConfig):
+    end, tokens, multiple = config.batch_ramp_to, config.batch_ramp_tokens, config.batch_ramp_multiple
+    if end is None:
+        for name in ("batch_ramp_tokens", "batch_ramp_multiple"):
+            if getattr(config, name) is not None:
+                yield f"{name}={getattr(config, name)} needs batch_ramp_to, the batch size that is ramped to"
+        return
+    if end < config.batch_size:
+        yield f"batch_ramp_to={end} must be at least batch_size={config.batch_size}: the batch grows"
+    if tokens is not None and tokens < 1:
+        yield f"batch_ramp_tokens={tokens} must be at least 1"
+    if multiple is not None and multiple < 1:
+        yield f"batch_ramp_multiple={multiple} must be at least 1"
+    elif config.micro_batches >= 1 and (multiple or math.gcd(config.batch_size, end)) % config.micro_batches:
+        yield (
+            f"batch_ramp_multiple={multiple or math.gcd(config.batch_size, end)} must be a multiple of "
+            f"micro_batches={config.micro_batches}, as the micro-batches are equally large"
+        )
+    elif multiple is not None and (config.batch_size % multiple or end % multiple):
+        yield (
+            f"batch_ramp_multiple={multiple} must divide batch_size={config.batch_size} and "
+            f"batch_ramp_to={end}"
         )

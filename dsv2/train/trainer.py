@@ -51,7 +51,10 @@ BYTES = 256  # ids below this are bytes, for a ByteTokenizer
 
 @runtime_checkable
 class TrainingData(Protocol):
-    """What the trainer needs of a data set; `dsv2.data.PackedDataset` is one."""
+    """What the trainer needs of a data set; `dsv2.data.PackedDataset` is one.
+
+    For a batch that grows, `batch` also takes `first`, the number of sequences that earlier steps have used.
+    """
 
     domain_names: list[str]
 
@@ -198,8 +201,9 @@ class Trainer:
         loads = world.sum(loads).cpu()
 
         seconds = time.perf_counter() - start
+        tokens = config.batch_size_of(self.step) * config.seq_len
         self.step += 1
-        self.tokens += config.tokens_per_step
+        self.tokens += tokens
         self.seconds += seconds
         return {
             "step": self.step,
@@ -211,19 +215,22 @@ class Trainer:
             "imbalance": sum(map(load_imbalance, loads)) / len(loads)
             if self.model_config.moe_layers
             else 1.0,
-            "tokens_per_s": config.tokens_per_step / seconds,
+            "tokens_per_s": tokens / seconds,
             "seconds": self.seconds,
         }
 
     def _batch(self, place: int) -> Batch:
-        parts = self.world.size * self.config.micro_batches
+        config, parts = self.config, self.world.size * self.config.micro_batches
+        # With batches of one size, the step says where its windows begin.
+        begin = {} if config.batch_ramp_to is None else {"first": config.sequences_before(self.step)}
         batch = self.data.batch(
             self.step,
-            self.config.batch_size,
-            self.config.seq_len,
+            config.batch_size_of(self.step),
+            config.seq_len,
             rank=place,
             world_size=parts,
-            seed=self.config.seed,
+            seed=config.seed,
+            **begin,
         )
         return batch.to(self.world.device)
 
@@ -432,6 +439,11 @@ class Trainer:
         if config.batch_size % parts:
             raise ValueError(
                 f"batch_size={config.batch_size} must be a multiple of {size} processes x "
+                f"{config.micro_batches} micro-batches = {parts}"
+            )
+        if config.batch_ramp_to is not None and config.batch_ramp_multiple % parts:
+            raise ValueError(
+                f"batch_ramp_multiple={config.batch_ramp_multiple} must be a multiple of {size} processes x "
                 f"{config.micro_batches} micro-batches = {parts}"
             )
         if config.seq_len > cfg.max_position_embeddings:
