@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dsv2.bench.measure import provenance
-from dsv2.bench.runs import DATA, write
+from dsv2.bench.measure import provenance, write_report
+from dsv2.bench.runs import DATA
 from dsv2.config import DSV2Config, LinearScaling, YarnScaling
 from dsv2.data.needle import IGNORED, TASK, needle_batch
 from dsv2.evaluate.needle import needle_grid
@@ -272,7 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for run in tqdm(pool.imap_unordered(_measure, tasks), total=len(tasks), unit="run", disable=None):
             done[run["seed"]] = run
             tqdm.write(summary(run, setting))
-            write(out, {**stored, "runs": [done[seed] for seed in sorted(done)]})
+            report = {**stored, "runs": [done[seed] for seed in sorted(done)]}
+            write_report(out, report, compact=True)
     print(out)
     return 0
 

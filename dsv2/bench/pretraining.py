@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dsv2.bench import balance, runs
-from dsv2.bench.measure import provenance
+from dsv2.bench import balance, runs, text
+from dsv2.bench.measure import provenance, write_report
 from dsv2.config import DSV2Config
-from dsv2.data import PackedDataset, find_corpus, prepare
+from dsv2.data import PackedDataset
 from dsv2.data.packing import PackedDataError
 from dsv2.evaluate import domain_windows, nats_by_domain, read, specialisation
 from dsv2.train import TrainConfig, Trainer
@@ -117,14 +117,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=TRAINING.steps, help=f"(default: {TRAINING.steps})")
     parser.add_argument("--processes", type=int, default=1, help="runs at the same time (default: 1)")
     parser.add_argument("--only", nargs="+", choices=list(kinds()), metavar="KIND")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="packed text (default: this machine's)")
+    text.add_option(parser)
     parser.add_argument(
         "--out", type=Path, default=OUT, help=f"(default: {OUT.relative_to(runs.DATA.parents[1])})"
     )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
-        data = PackedDataset(options.data) if options.data else prepare(find_corpus())
+        data = text.open_text(options.data)
     except PackedDataError as error:
         parser.error(f"--data: {error}")
     chosen = {name: kind for name, kind in kinds(TRAINING.replace(steps=options.steps)).items()}
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"information {' '.join(f'{value:.4f}' for value in run['information'][-1])}; "
                 f"{run['seconds']:.0f} s"
             )
-            runs.write(options.out, {**stored, "runs": done})
+            write_report(options.out, {**stored, "runs": done}, compact=True)
     print(options.out)
     return 0
 
