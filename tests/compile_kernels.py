@@ -134,18 +134,18 @@ def step_builds() -> Iterator[Build]:
         route["EXPERTS"] = triton.next_power_of_2(count)
         yield build(f"norm_route, {count} experts", experts.norm_route_kernel, warps, **route)
     yield build("sort", experts.sort_kernel, QUERIES=16, CHUNK=128)
-    yield build("swiglu", prefill.swiglu_kernel, COLUMNS=1024)
+    for columns in (256, 1024):
+        yield build(f"swiglu, {columns}", prefill.swiglu_kernel, ROWS=1024 // columns, COLUMNS=columns)
     yield build("rms_norm", prefill.rms_norm_kernel, WIDTH=2048)
     yield build("rotate", prefill.rotate_kernel, HEADS=16, PAIRS=32)
     yield build("add_up", prefill.add_up_kernel, 8, {"total": "*bf16"}, K=6, WIDTH=2048, WEIGHTED=True)
     slopes = {"order": "*i64", "weights_slope": "*fp32"} | dict.fromkeys(("slope", "gate_up_slope"), "*bf16")
-    yield build(
-        "swiglu, backward",
-        prefill.weighted_swiglu_backward_kernel,
-        8,
-        slopes | {"hidden": "*bf16"},
-        WIDTH=2048,
-    )
+    slopes["hidden"] = "*bf16"
+    for width in (256, 2048):
+        blocks = {"ROWS": 2048 // width, "WIDTH": width}
+        yield build(
+            f"swiglu, backward, {width}", prefill.weighted_swiglu_backward_kernel, 8, slopes, **blocks
+        )
 
 
 def attention_builds(capability: int) -> Iterator[Build]:

@@ -86,7 +86,7 @@ SMALL = Setting(
         v_head_dim=16,
         n_routed_experts=0,
     ),
-    training=Training(steps=1600, batch=32, shortest=16, longest=64, lr=3e-3, questions=2),
+    training=Training(steps=1600, batch=64, shortest=16, longest=64, lr=2e-3, questions=2),
     tuning=Training(steps=150, batch=16, shortest=256, longest=256, lr=1e-3, questions=8),
     factor=10.0,
     lengths=(32, 64, 128, 256, 512),
@@ -112,13 +112,13 @@ LARGE = Setting(
         moe_intermediate_size=128,
         aux_loss_alpha=0.003,
     ),
-    training=Training(steps=6000, batch=128, shortest=16, longest=256, lr=1e-3, questions=4),
-    tuning=Training(steps=300, batch=64, shortest=1024, longest=1024, lr=5e-4, questions=8),
+    training=Training(steps=2500, batch=128, shortest=16, longest=256, lr=1e-3, questions=2),
+    tuning=Training(steps=200, batch=32, shortest=1024, longest=1024, lr=5e-4, questions=8),
     factor=10.0,
     lengths=(128, 256, 512, 1024, 2048),
     depths=SMALL.depths,
-    samples=200,
-    looks=(0, 10, 20, 50, 100, 200, 300),
+    samples=100,
+    looks=(0, 10, 20, 50, 100, 200),
 )
 
 
@@ -178,6 +178,8 @@ def measure(setting: Setting, seed: int, save: Path | None = None) -> dict[str, 
     """One seed: train, extend in three ways, look for needles, tune, look again. save: a folder for it."""
     torch.set_num_threads(1)  # a run's numbers do not depend on how many run beside it
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # products in TF32
     began = time.perf_counter()
     torch.manual_seed(seed)
     model = DeepSeekV2(setting.model).to(device)

@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="Needs transformers >= 5.15.",
     )
     parser.add_argument("--preset", choices=PRESETS, help="(default: small on a GPU, tiny on a CPU)")
-    parser.add_argument("--batch-size", type=int, help="sequences a step (default: 64; on a CPU 8)")
+    parser.add_argument("--batch-size", type=int, help="sequences a step (default: 128; on a CPU 8)")
     parser.add_argument("--seq-len", type=int, help="tokens in a sequence (default: 1024; on a CPU 256)")
     parser.add_argument("--pairs", type=int, default=5, help="turns of each (default: 5)")
     parser.add_argument(
@@ -261,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = device == "cuda"
-    usual = ("tiny", 2, 64) if options.quick else ("small", 64, 1024) if on_gpu else ("tiny", 8, 256)
+    usual = ("tiny", 2, 64) if options.quick else ("small", 128, 1024) if on_gpu else ("tiny", 8, 256)
     sizes = Sizes(
         DSV2Config.preset(options.preset or usual[0]),
         options.batch_size or usual[1],

@@ -22,23 +22,31 @@ def fits(x: Tensor) -> bool:
     return x.stride(-1) == 1 and kernel_problem(x.device) is None
 
 
+def warps_for(width: int) -> int:
+    """So many that each thread holds eight values of a row, 16 bytes in bf16: the widest load there is."""
+    return min(8, max(1, triton.next_power_of_2(width) // 256))
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, where the last dimension of `gate_up` holds the gate's half, then up's."""
     rows = gate_up.flatten(0, -2)
     width = rows.shape[1] // 2
     out = rows.new_empty(rows.shape[0], width)
     if rows.shape[0]:
-        grid = (rows.shape[0], ceil_div(width, 1024))
-        swiglu_kernel[grid](rows, out, rows.stride(0), width, COLUMNS=1024, num_warps=4)
+        columns = min(1024, triton.next_power_of_2(width))
+        grid = (ceil_div(rows.shape[0], 1024 // columns), ceil_div(width, columns))
+        swiglu_kernel[grid](
+            rows, out, rows.stride(0), *out.shape, ROWS=1024 // columns, COLUMNS=columns, num_warps=4
+        )
     return out.view(*gate_up.shape[:-1], width)
 
 
 @jit
-def swiglu_kernel(gate_up, out, gate_up_n, width, COLUMNS: tl.constexpr):
-    """A piece of one row."""
-    row = tl.program_id(0).to(tl.int64)
+def swiglu_kernel(gate_up, out, gate_up_n, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Some rows, or a piece of a wide one."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    there = column < width
+    there = (row < rows) & (column < width)
     gate = tl.load(gate_up + row * gate_up_n + column, mask=there, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * gate_up_n + width + column, mask=there, other=0.0)
     # Rounded after the gate's part, as PyTorch does between its two operations.
@@ -124,7 +132,7 @@ def add_up(out: Tensor, weights: Tensor | None, order: Tensor, count: Tensor, to
         add_up_kernel[(tokens,)](
             out, out if weights is None else weights, place, count, total, out.shape[1],
             WEIGHTED=weights is not None, K=k, WIDTH=triton.next_power_of_2(out.shape[1]),
-            num_warps=8,
+            num_warps=warps_for(out.shape[1]),
         )  # fmt: skip
     return total
 
@@ -161,33 +169,36 @@ def weighted_swiglu_backward(
     hidden, gate_up_slope = torch.empty_like(slope), torch.empty_like(gate_up)
     weights_slope = torch.zeros_like(weights)
     if pairs:
-        weighted_swiglu_backward_kernel[(pairs,)](
+        columns = triton.next_power_of_2(width)
+        rows = max(1, 2048 // columns)
+        weighted_swiglu_backward_kernel[(ceil_div(pairs, rows),)](
             slope, gate_up, weights, order, count, hidden, gate_up_slope, weights_slope, width,
-            WIDTH=triton.next_power_of_2(width), num_warps=8,
+            ROWS=rows, WIDTH=columns, num_warps=8,
         )  # fmt: skip
     return hidden, gate_up_slope, weights_slope
 
 
 @jit
 def weighted_swiglu_backward_kernel(
-    slope, gate_up, weights, order, count, hidden, gate_up_slope, weights_slope, width, WIDTH: tl.constexpr
-):
-    """One row. With s = silu(gate): s' = sigmoid (1 + gate (1 - sigmoid))."""
-    row = tl.program_id(0).to(tl.int64)
-    if row < tl.load(count):
-        column = tl.arange(0, WIDTH)
-        there = column < width
-        at, gate_at = row * width + column, row * 2 * width + column
-        pair = tl.load(order + row)
-        weight = tl.load(weights + pair).to(tl.float32)
-        gate = tl.load(gate_up + gate_at, mask=there, other=0.0).to(tl.float32)
-        up = tl.load(gate_up + gate_at + width, mask=there, other=0.0).to(tl.float32)
-        given = tl.load(slope + at, mask=there, other=0.0).to(tl.float32)
-        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-        silu = gate * sigmoid
-        tl.store(weights_slope + pair, tl.sum(given * silu * up, 0))
-        tl.store(hidden + at, (weight * silu * up).to(hidden.dtype.element_ty), mask=there)
-        given *= weight
-        gate_slope = (given * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(slope.dtype.element_ty)
-        tl.store(gate_up_slope + gate_at, gate_slope, mask=there)
-        tl.store(gate_up_slope + gate_at + width, (given * silu).to(slope.dtype.element_ty), mask=there)
+    slope, gate_up, weights, order, count, hidden, gate_up_slope, weights_slope, width,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Some rows. With s = silu(gate): s' = sigmoid (1 + gate (1 - sigmoid))."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    counted = row < tl.load(count)
+    column = tl.arange(0, WIDTH)
+    there = counted[:, None] & (column < width)
+    at, gate_at = row[:, None] * width + column, row[:, None] * 2 * width + column
+    pair = tl.load(order + row, mask=counted, other=0)
+    weight = tl.load(weights + pair, mask=counted, other=0.0).to(tl.float32)[:, None]
+    gate = tl.load(gate_up + gate_at, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + gate_at + width, mask=there, other=0.0).to(tl.float32)
+    given = tl.load(slope + at, mask=there, other=0.0).to(tl.float32)
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    silu = gate * sigmoid
+    tl.store(weights_slope + pair, tl.sum(given * silu * up, 1), mask=counted)
+    tl.store(hidden + at, (weight * silu * up).to(hidden.dtype.element_ty), mask=there)
+    given *= weight
+    gate_slope = (given * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(slope.dtype.element_ty)
+    tl.store(gate_up_slope + gate_at, gate_slope, mask=there)
+    tl.store(gate_up_slope + gate_at + width, (given * silu).to(slope.dtype.element_ty), mask=there)
