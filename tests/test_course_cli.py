@@ -56,7 +56,7 @@ def fail(text):
 
 def install(requirement):
     name = re.match("[A-Za-z0-9._-]+", requirement).group()
-    info = site / (name + "-9.9.dist-info")
+    info = site / (re.sub("[-_.]+", "_", name) + "-9.9.dist-info")
     info.mkdir(exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: %s\\nVersion: 9.9\\n" % name)
     if name == os.environ.get("FAKE_PIP_HANGS_AT"):
