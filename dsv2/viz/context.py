@@ -62,7 +62,7 @@ def needle_heatmaps(
         name, grid = list(grids.items())[place]
         mesh = panel.imshow(grid.T, cmap=FOUND, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         style.style_axes(panel, None)
-        panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        panel.set_xticks(range(len(lengths)), [_in_k(length) for length in lengths])
         shown = range(0, len(depths), max(1, math.ceil(len(depths) / 5)))
         panel.set_yticks(shown, [f"{100 * depths[d]:.0f} %" for d in shown])
         if trained is not None:
@@ -82,6 +82,11 @@ def needle_heatmaps(
     colours.outline.set_visible(False)
     figure.text(1 - 0.1 / width, 1 - 0.3 / height, "found", ha="right", va="center", fontsize=BASE, color=INK)
     return finish(figure, f"Needles found, the mean over all depths. {'; '.join(said)}.")
+
+
+def _in_k(length: int) -> str:
+    """512, 1K, 2K: whole multiples of 1,024 by K, as the paper has them."""
+    return f"{length // 1024}K" if length % 1024 == 0 else f"{length:,}"
 
 
 def mean_grids(stored: Mapping[str, Any], when: str) -> dict[str, np.ndarray]:
