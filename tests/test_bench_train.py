@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 
+from dsv2 import accounting
 from dsv2.bench import train as bench
 from dsv2.bench.__main__ import main
 from dsv2.config import DSV2Config
@@ -42,6 +45,28 @@ def test_a_quick_run_writes_both_speeds_and_the_losses(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"{run['validation'][-1]['val_nats_per_byte']:.4f} nats a byte" in said
     assert f"dsv2 {row['ours']:,} tokens/s, transformers {row['peer']:,}" in said
+
+
+def test_the_stored_run_agrees_with_itself_and_with_the_preset():
+    stored = Path(__file__).resolve().parents[1] / "data" / "benchmarks" / "train_h100.json"
+    report = json.loads(stored.read_text(encoding="utf-8"))
+    cfg, row, run = DSV2Config.preset("small"), report["compared"], report["run"]
+    assert DSV2Config(**report["model"]) == cfg and report["parameters"] == accounting.parameters(cfg).total
+    assert report["flops_per_token"] == accounting.training_flops_per_token(cfg, report["seq_len"]).total
+    low, high = row["ratio_range"]
+    assert low <= row["ratio"] <= high and row["ours"] / row["peer"] == pytest.approx(row["ratio"], rel=0.02)
+    first = run["losses"][0][1]
+    assert first == pytest.approx(math.log(264), abs=0.3) and first == pytest.approx(
+        row["first_losses"][0], abs=0.02
+    )
+    assert run["tokens"] == run["training"]["steps"] * report["batch_size"] * report["seq_len"]
+    rows = bench.metric_rows(run)
+    assert [r["step"] for r in rows] == sorted({r["step"] for r in rows})
+    assert (
+        rows[0]["loss"] == first
+        and rows[-1]["val_nats_per_byte"] == run["validation"][-1]["val_nats_per_byte"]
+    )
+    assert len([r for r in rows if "loss" in r]) == len(run["losses"])
 
 
 def test_another_model_is_not_compared(monkeypatch, capsys):

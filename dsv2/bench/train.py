@@ -191,6 +191,15 @@ def train(
     }, trainer
 
 
+def metric_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stored run as rows of metrics by step, as the trainer writes them and `viz` draws them."""
+    names = ("step", "loss", "grad_norm", "imbalance")
+    rows = {values[0]: dict(zip(names, values)) for values in run["losses"]}
+    for row in run["validation"]:
+        rows.setdefault(row["step"], {}).update(row)
+    return [rows[step] for step in sorted(rows)]
+
+
 # ------------------------------------------------------------------------------------------ all together
 
 
@@ -289,6 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
         "seq_len": sizes.seq_len,
         "flops_per_token": training_flops_per_token(sizes.model, sizes.seq_len).total,
         "text": data.manifest["fingerprint"],
+        "text_tokens": data.n_tokens,
     }
     out = options.out or (None if options.quick else default_file("train", report))
     try:
