@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,8 @@ def test_the_stored_run_agrees_with_itself_and_with_the_preset():
         and rows[-1]["val_nats_per_byte"] == run["validation"][-1]["val_nats_per_byte"]
     )
     assert len([r for r in rows if "loss" in r]) == len(run["losses"])
+    falls = [a["step"] / 1656 for a, b in pairwise(r for r in rows if "lr" in r) if b["lr"] < 0.5 * a["lr"]]
+    assert run["training"]["steps"] == 1656 and falls == pytest.approx([0.6, 0.9], abs=0.006)
 
 
 def test_another_model_is_not_compared(monkeypatch, capsys):

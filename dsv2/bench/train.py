@@ -193,8 +193,11 @@ def train(
 
 def metric_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
     """The stored run as rows of metrics by step, as the trainer writes them and `viz` draws them."""
-    names = ("step", "loss", "grad_norm", "imbalance")
-    rows = {values[0]: dict(zip(names, values)) for values in run["losses"]}
+    names, config = ("step", "loss", "grad_norm", "imbalance"), TrainConfig(**run["training"])
+    rows = {
+        values[0]: dict(zip(names, values)) | {"lr": config.learning_rate(values[0] - 1)}
+        for values in run["losses"]
+    }
     for row in run["validation"]:
         rows.setdefault(row["step"], {}).update(row)
     return [rows[step] for step in sorted(rows)]

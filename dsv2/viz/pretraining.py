@@ -59,7 +59,7 @@ def paper_training(
 ) -> TrainConfig:
     """A run of `total` billion tokens in sequences of 4,096, whose batch grows over the first `ramp` billion.
 
-    The steps are as many as those tokens take, to the last whole batch.
+    The steps are as many as it takes to read them all: the last batch may read some more.
     """
     fields: dict[str, Any] = {"batch_size": start, "seq_len": SEQ_LEN, "lr": peak, "schedule": schedule}
     fields |= {"warmup_steps": warmup, "validate_every": 0, "save_every": 0}
@@ -68,8 +68,8 @@ def paper_training(
     long = TrainConfig(steps=10**7, **fields)
     low, high = 1, 10**7
     while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if long.tokens_before(middle) <= total * 10**9 else (low, middle - 1)
+        middle = (low + high) // 2
+        low, high = (low, middle) if long.tokens_before(middle) >= total * 10**9 else (middle + 1, high)
     return TrainConfig(steps=low, **fields)
 
 
@@ -104,7 +104,7 @@ def training_schedule_figure(config: TrainConfig, figure: Figure | None = None) 
         for panel in panels:
             style.style_axes(panel)
         parts = {
-            "lr": panels[0].plot([], [], color=style.CACHED, linewidth=LINE)[0],
+            "lr": panels[0].plot([], [], color=style.CACHED, linewidth=LINE, drawstyle="steps-post")[0],
             "batch": panels[1].plot([], [], color=style.ORANGE, linewidth=LINE)[0],
         }
         label(panels[0], y="learning rate")

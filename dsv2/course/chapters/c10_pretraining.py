@@ -148,6 +148,17 @@ LEARNING_RATE_AT = Exercise(
             rates(factor=lambda passed: 0.1 if passed else 1.0),
         ),
         Mistake(
+            "the root of a tenth",
+            "The factor is the exact root of a tenth, 0.3162... The paper's is 0.316.",
+            rates(factor=lambda passed: 0.1 ** (passed / 2)),
+        ),
+        Mistake(
+            "a tenth after the second",
+            "After two points the rate is an exact tenth of the peak. Two times 0.316 is a little less: "
+            "0.099856.",
+            rates(factor=lambda passed: (1.0, DECAY, 0.1, 0.1 * DECAY)[passed]),
+        ),
+        Mistake(
             "0.316 subtracted",
             "Every point takes 0.316 of the peak away. It is a factor: what is left after a point is 0.316 "
             "of what there was before.",
@@ -193,8 +204,8 @@ LEARNING_RATE_AT = Exercise(
     hints=(
         "A run of 100 tokens, 10 in each step, with a peak of 1 and 2 steps of warm-up. What is the rate of "
         "step 0, 1, 2, 5, 6 and 9?",
-        'The notebook\'s section "The learning rate" draws it. Two cases: `step < warmup` goes by steps, all '
-        "others by the share tokens / total_tokens. Count how many of `points` it has reached.",
+        'The notebook\'s section "The learning rate" has it for two points. Two cases: `step < warmup` '
+        "goes by steps, all others by the share tokens / total_tokens. Count how many of `points` it has reached.",
         "if step < warmup: peak * (step + 1) / warmup\n"
         "else: peak * 0.316 ** (how many points have tokens >= point * total_tokens)\n"
         "(safe from rounding: 1000 * tokens >= round(1000 * point) * total_tokens)",
@@ -256,8 +267,8 @@ BATCH_SIZE_AT = Exercise(
     cases=(
         Case("6 to 30 sequences over 1,000 tokens", lambda: ramp_case(6, 30, 1000, 40, 41, 42, 300, 777)),
         Case(
-            "7 to 40 sequences over 900 tokens, in multiples of 4",
-            lambda: ramp_case(7, 40, 900, 20, 30, 200, 333, 500, 700, multiple=4),
+            "7 to 42 sequences over 900 tokens, in multiples of 4",
+            lambda: ramp_case(7, 42, 900, 20, 30, 200, 333, 500, 700, multiple=4),
         ),
         Case(
             "2,304 to 9,216 sequences over 225 tokens (in billions), in multiples of 96",
@@ -324,6 +335,14 @@ BATCH_SIZE_AT = Exercise(
             "it never stops",
             "The batch goes on growing after the ramp. From `ramp_tokens` on it is `end`.",
             sizes(over=lambda tokens, ramp: False),
+        ),
+        Mistake(
+            "the end rounded, too",
+            "After the ramp the size is rounded to the multiple as well. From `ramp_tokens` on it is `end` "
+            "itself.",
+            lambda tokens, *, start, end, ramp_tokens, multiple=1: sizes(over=lambda tokens, ramp: False)(
+                min(tokens, ramp_tokens), start=start, end=end, ramp_tokens=ramp_tokens, multiple=multiple
+            ),
         ),
         Mistake(
             "a step, no ramp",
@@ -770,6 +789,15 @@ TRAIN_STEPS = Exercise(
             "there are parts. Each part's loss is a mean over its own rows; the batch's is the mean of "
             "those.",
             stepping(gather=lambda parts: torch.stack(parts).sum(dim=0)),
+        ),
+        Mistake(
+            "nothing divided",
+            "Gradients and losses of the parts are added up undivided. Each part's loss is a mean over its "
+            "own rows; divided by `micro_batches`, they add up to the mean of the batch.",
+            stepping(
+                gather=lambda parts: torch.stack(parts).sum(dim=0),
+                tell=lambda losses: torch.stack(losses).sum(),
+            ),
         ),
         Mistake(
             "divided twice",
