@@ -205,7 +205,8 @@ LEARNING_RATE_AT = Exercise(
         "A run of 100 tokens, 10 in each step, with a peak of 1 and 2 steps of warm-up. What is the rate of "
         "step 0, 1, 2, 5, 6 and 9?",
         'The notebook\'s section "The learning rate" has it for two points. Two cases: `step < warmup` '
-        "goes by steps, all others by the share tokens / total_tokens. Count how many of `points` it has reached.",
+        "goes by steps, all others by the share tokens / total_tokens. Count how many of `points` it has "
+        "reached.",
         "if step < warmup: peak * (step + 1) / warmup\n"
         "else: peak * 0.316 ** (how many points have tokens >= point * total_tokens)\n"
         "(safe from rounding: 1000 * tokens >= round(1000 * point) * total_tokens)",
