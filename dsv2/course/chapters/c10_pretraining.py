@@ -154,8 +154,8 @@ LEARNING_RATE_AT = Exercise(
         ),
         Mistake(
             "a tenth after the second",
-            "After two points the rate is an exact tenth of the peak. Two times 0.316 is a little less: "
-            "0.099856.",
+            "After two points the rate is an exact tenth of the peak. 0.316 applied twice is a little "
+            "less: 0.099856.",
             rates(factor=lambda passed: (1.0, DECAY, 0.1, 0.1 * DECAY)[passed]),
         ),
         Mistake(
