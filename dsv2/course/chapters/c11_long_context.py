@@ -46,8 +46,8 @@ INTERPOLATED_FREQUENCIES = Exercise(
     mistakes=(
         Mistake(
             "faster instead of slower",
-            "The frequencies were multiplied by the factor: the angles of a long text now reach s times "
-            "further than any that were trained, squared with the text's own length.",
+            "The frequencies were multiplied by the factor. A text s times as long then reaches angles s^2 "
+            "times as large as any that were trained; they should be no larger.",
             frequencies_to(lambda x, theta, s: s * theta**-x),
         ),
         Mistake(
@@ -315,6 +315,10 @@ YARN_FREQUENCIES = Exercise(
             "DeepSeek-V2: 64 channels, theta 10000, trained on 4096, factor 40",
             lambda: {"dim": 64, "theta": 1e4, "yarn": YarnScaling(40.0, 4096)},
         ),
+        Case(
+            "20 channels, theta 10000, trained on 5, factor 3: low and high are both 0",
+            lambda: {"dim": 20, "theta": 1e4, "yarn": YarnScaling(3.0, 5)},
+        ),
     ),
     mistakes=(
         Mistake(
@@ -380,6 +384,11 @@ YARN_FREQUENCIES = Exercise(
             with_ramp(pairs=lambda dim: torch.arange(0, dim, 2, dtype=torch.float32)),
         ),
         Mistake(
+            "divided by no width",
+            "Where low and high are the same pair, this divides by 0. Take 0.001 for their difference there.",
+            with_ramp(ramp=lambda i, low, high: ((i - low) / (high - low)).clamp(0, 1)),
+        ),
+        Mistake(
             "ramp one pair too long",
             "The ramp reaches 1 a pair after `high`.",
             with_ramp(ramp=lambda i, low, high: ((i - low) / (high - low + 1)).clamp(0, 1)),
@@ -408,7 +417,8 @@ YARN_FREQUENCIES = Exercise(
         "r = (0, 1, 2, ... pairs - 1) - low, divided by high - low (0.001 if that is 0), held within 0 and "
         "1\nreturn (1 - r) * f + r * f / factor",
     ),
-    checked="both ends and the ramp between, with three lengths, three factors and two pairs of betas",
+    checked="both ends and the ramp between, with four lengths and factors, two pairs of betas, a ramp of no "
+    "width",
     axes=("pair",),
     tolerance=1e-6,
     replaces=("dsv2.rope.yarn_frequencies",),
