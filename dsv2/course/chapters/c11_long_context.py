@@ -228,6 +228,11 @@ YARN_CORRECTION_RANGE = Exercise(
             range_with(low=math.ceil),
         ),
         Mistake(
+            "rounded to the nearest",
+            "Both were rounded to the nearest. The first is rounded down and the second up.",
+            range_with(low=round, high=round),
+        ),
+        Mistake(
             "below the first pair",
             "Where no pair makes beta_fast turns, the first number is negative. There is no such pair: 0 is "
             "the least.",
@@ -243,6 +248,12 @@ YARN_CORRECTION_RANGE = Exercise(
             "The second number was held at the last pair, dim / 2 - 1. The definition lets it go to dim - 1, "
             "as the released code does, so that the ramp can end beyond the last pair.",
             range_with(bounds=lambda low, high, dim: (max(low, 0), min(high, dim // 2 - 1))),
+        ),
+        Mistake(
+            "held at the number of pairs",
+            "The second number was held at the number of pairs, dim / 2. The definition lets it go to "
+            "dim - 1.",
+            range_with(bounds=lambda low, high, dim: (max(low, 0), min(high, dim // 2))),
         ),
         Mistake(
             "turns within the new length",
@@ -293,6 +304,13 @@ def with_ramp(
         return join(rope.rope_frequencies(dim, theta), ramp(pairs(dim), low, high), yarn.factor)
 
     return answer
+
+
+def ramp_over_turns(dim: int, theta: float, yarn: YarnScaling) -> Tensor:
+    frequencies = rope.rope_frequencies(dim, theta)
+    turns = yarn.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = ((turns - yarn.beta_slow) / (yarn.beta_fast - yarn.beta_slow)).clamp(0, 1)
+    return frequencies * kept + frequencies / yarn.factor * (1 - kept)
 
 
 YARN_FREQUENCIES = Exercise(
@@ -382,6 +400,12 @@ YARN_FREQUENCIES = Exercise(
             "The ramp runs over channels, 0, 2, 4, ..., so it is twice as steep. low and high are numbers of "
             "pairs.",
             with_ramp(pairs=lambda dim: torch.arange(0, dim, 2, dtype=torch.float32)),
+        ),
+        Mistake(
+            "ramp over turns",
+            "The ramp is a straight line over the number of turns. Here, as in the released code, it is one "
+            "over the pairs, from low to high.",
+            ramp_over_turns,
         ),
         Mistake(
             "divided by no width",
@@ -600,6 +624,10 @@ def in_place(haystacks: Tensor, needles: Tensor, depth: float) -> Tensor:
     return overwritten(haystacks, needles, round(depth * (haystacks.shape[1] - 2)))
 
 
+def beyond_the_end(haystacks: Tensor, needles: Tensor, depth: float) -> Tensor:
+    return overwritten(haystacks.clone(), needles, int(depth * haystacks.shape[1]))
+
+
 PLANT_NEEDLES = Exercise(
     number="11.5",
     name="plant_needles",
@@ -626,6 +654,13 @@ PLANT_NEEDLES = Exercise(
             "The key stands at depth times the number of tokens. The last place possible is two before the "
             "end of the text, and depth is a share of that.",
             planted(lambda tokens, depth: round(depth * tokens)),
+        ),
+        Mistake(
+            "share of all tokens, rounded down",
+            "The key stands at depth times the number of tokens, rounded down, and at depth 1 there is no "
+            "room for it. The last place possible is two before the end; depth is a share of that, rounded to "
+            "the nearest.",
+            beyond_the_end,
         ),
         Mistake(
             "share of the last position",
