@@ -658,8 +658,8 @@ PLANT_NEEDLES = Exercise(
         Mistake(
             "share of all tokens, rounded down",
             "The key stands at depth times the number of tokens, rounded down, and at depth 1 there is no "
-            "room for it. The last place possible is two before the end; depth is a share of that, rounded to "
-            "the nearest.",
+            "room for it. The last place possible is two before the end; depth is a share of that, "
+            "rounded to the nearest.",
             beyond_the_end,
         ),
         Mistake(
