@@ -52,8 +52,7 @@ def yarn_correction_range(dim: int, theta: float, yarn: YarnScaling) -> tuple[in
     Pair i makes L theta^(-2i / dim) / (2 pi) turns within the trained length L. Solved for i, the pair with n
     turns is
 
-        i(n) = dim * ln(L / (2 pi n)) / (2 ln theta)                       (YaRN, arXiv 2309.00071, section
-        3.2)
+        i(n) = dim * ln(L / (2 pi n)) / (2 ln theta)        (for YaRN, arXiv 2309.00071, section 3.2)
 
     Returned are i(yarn.beta_fast) rounded down, but at least 0, and i(yarn.beta_slow) rounded up, but at most
     dim - 1, as whole numbers. L is yarn.original_max_position_embeddings.
@@ -154,4 +153,4 @@ def found_by_depth(
         shares.append((answers == needles[:, 1]).float().mean())
     return torch.stack(shares)
 
-# stub 22e0c4: file 8b6f75, 11.1 a6b846, 11.2 176ad0, 11.3 c0c745, 11.4 321f39, 11.5 fe4d35, 11.6 84c6bd
+# stub 431bb2: file 8b6f75, 11.1 a6b846, 11.2 a54399, 11.3 c0c745, 11.4 321f39, 11.5 fe4d35, 11.6 84c6bd

@@ -51,8 +51,7 @@ def yarn_correction_range(dim: int, theta: float, yarn: YarnScaling) -> tuple[in
     Pair i makes L theta^(-2i / dim) / (2 pi) turns within the trained length L. Solved for i, the pair with n
     turns is
 
-        i(n) = dim * ln(L / (2 pi n)) / (2 ln theta)                       (YaRN, arXiv 2309.00071, section
-        3.2)
+        i(n) = dim * ln(L / (2 pi n)) / (2 ln theta)        (for YaRN, arXiv 2309.00071, section 3.2)
 
     Returned are i(yarn.beta_fast) rounded down, but at least 0, and i(yarn.beta_slow) rounded up, but at most
     dim - 1, as whole numbers. L is yarn.original_max_position_embeddings.

@@ -155,6 +155,17 @@ def test_the_wavelengths_are_those_of_the_formula(dim, theta, length, factor):
     assert slowed == sum(w > 0.999 * factor * p for w, p in zip(expected, plain))
 
 
+def test_nothing_is_slowed_down_by_a_factor_of_one():
+    assert turning_pairs(16, 1e4, YarnScaling(1.0, 64)) == (3, 0)
+
+
+def test_names_at_the_end_keep_apart_and_inside():
+    figure = tuning_curves(STORED)
+    ax = figure.axes[0]
+    places = sorted(text.xy[1] for text in ax.texts)
+    assert min(np.diff(places)) >= 0.08 * 102 - 1e-9 and 0 <= places[0] and places[-1] <= 102
+
+
 def test_deepseek_v2_keeps_eleven_pairs_and_slows_nine_down_in_full():
     cfg = DSV2Config.preset("full")
     assert turning_pairs(cfg.qk_rope_head_dim, cfg.rope_theta, cfg.rope_scaling)[1] == 9

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from dsv2.config import YarnScaling
@@ -68,7 +69,8 @@ def needle_heatmaps(
         if trained is not None:
             edge = sum(length <= trained for length in lengths) - 0.5
             panel.axvline(edge, color=style.VERMILLION, linewidth=2.5, linestyle=(0, (4, 2)))
-        panel.set_title(f"{name}: {grid[-1].mean():.0%}", fontsize=SMALL, color=INK, loc="left", pad=5)
+        mean = f"{100 * grid[-1].mean():.0f} %"
+        panel.set_title(f"{name}: {mean}", fontsize=SMALL, color=INK, loc="left", pad=5)
         by_length = ", ".join(f"{share.mean():.0%} at {length:,}" for length, share in zip(lengths, grid))
         said.append(f"{name}: {by_length}")
     for panel in panels[:, 0]:
@@ -108,7 +110,10 @@ def tuning_curves(stored: Mapping[str, Any]) -> Figure:
         steps, found = curves[0, :, 0], 100 * curves[:, :, 1]
         colour = COLOURS.get(name, style.GREY)
         ax.fill_between(steps, found.min(axis=0), found.max(axis=0), color=colour, alpha=0.2, linewidth=0)
-        ax.plot(steps, found.mean(axis=0), MARKERS.get(name, "o") + "-", color=colour, linewidth=LINE, ms=8)
+        ax.plot(
+            steps, found.mean(axis=0), MARKERS.get(name, "o") + "-", color=colour, linewidth=LINE, ms=8,
+            clip_on=False, zorder=3,
+        )  # fmt: skip
         ends[name] = found[:, -1].mean()
         said.append(f"{name} {found[:, 0].mean():.0f} % at first, {ends[name]:.0f} % at the end")
     ax.set_ylim(0, 102)
@@ -122,9 +127,9 @@ def tuning_curves(stored: Mapping[str, Any]) -> Figure:
 
 def _names_at_the_end(ax: Axes, ends: Mapping[str, float]) -> None:
     low, high = ax.get_ylim()
-    gap, place = 0.08 * (high - low), -np.inf
-    for name, value in sorted(ends.items(), key=lambda item: item[1]):
-        place = max(value, place + gap)
+    gap, place = 0.08 * (high - low), np.inf
+    for name, value in sorted(ends.items(), key=lambda item: -item[1]):
+        place = min(value, place - gap)
         ax.annotate(
             name,
             (1, place),
@@ -156,8 +161,8 @@ def stretched_wavelengths(dim: int, theta: float, yarn: YarnScaling, axes: Axes 
     for name, values in three.items():
         waves = 2 * math.pi / values.double().numpy()
         ax.plot(
-            range(pairs), waves, MARKERS[name], color=COLOURS[name], label=name,
-            ms=max(5, 11 - pairs / 6) - 2.5 * (name == "YaRN"), zorder=3,
+            range(pairs), waves, MARKERS[name] + ("-" if name == "YaRN" else ""), color=COLOURS[name],
+            label=name, ms=max(6.5, 11 - pairs / 6) - 2.5 * (name == "YaRN"), linewidth=1.6, zorder=3,
         )  # fmt: skip
         top = max(top, waves[-1])
     ax.set_yscale("log")
@@ -171,7 +176,7 @@ def stretched_wavelengths(dim: int, theta: float, yarn: YarnScaling, axes: Axes 
         ax.annotate(
             f"{text}: {tokens:,.0f}", (0.99, tokens), xycoords=("axes fraction", "data"), ha="right",
             xytext=(0, 3 if above else -4), textcoords="offset points", fontsize=SMALL, color=INK,
-            va="bottom" if above else "top",
+            va="bottom" if above else "top", zorder=4, path_effects=[withStroke(linewidth=3, foreground="w")],
         )  # fmt: skip
     ax.set_xlim(-0.8, pairs - 0.2)
     ax.set_ylim(3, max(top, context * yarn.factor) * 12)
@@ -179,7 +184,7 @@ def stretched_wavelengths(dim: int, theta: float, yarn: YarnScaling, axes: Axes 
     ax.yaxis.set_major_locator(LogLocator(10.0))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(_short))
-    ax.legend(loc="upper left", fontsize=SMALL, frameon=False, handletextpad=0.2, borderaxespad=0.1)
+    ax.legend(loc="upper left", fontsize=SMALL, frameon=False, handletextpad=0.5, borderaxespad=0.1)
     label(ax, "pair of channels (grey: YaRN's ramp)", "tokens for a whole turn")
     kept, slowed = turning_pairs(dim, theta, yarn)
     return finish(
@@ -198,10 +203,13 @@ def _short(tokens: float, _: int = 0) -> str:
 
 
 def turning_pairs(dim: int, theta: float, yarn: YarnScaling) -> tuple[int, int]:
-    """How many pairs make a whole turn within the trained length, and how many YaRN slows down in full."""
+    """How many pairs make a whole turn within the trained length, and how many YaRN slows down in full.
+
+    A factor of 1 slows none down.
+    """
     waves = 2 * math.pi / rope_frequencies(dim, theta).double()
     slowed = yarn_frequencies(dim, theta, yarn) * yarn.factor < 1.001 * rope_frequencies(dim, theta)
-    return int((waves <= yarn.original_max_position_embeddings).sum()), int(slowed.sum())
+    return int((waves <= yarn.original_max_position_embeddings).sum()), int(slowed.sum()) * (yarn.factor > 1)
 
 
 # ---------------------------------------------------------------------------------------------- the widget

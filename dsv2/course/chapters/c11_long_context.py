@@ -46,8 +46,8 @@ INTERPOLATED_FREQUENCIES = Exercise(
     mistakes=(
         Mistake(
             "faster instead of slower",
-            "The frequencies were multiplied by the factor: the angles of a long text now reach s times "
-            "further than any that were trained, squared with the text's own length.",
+            "The frequencies were multiplied by the factor. A text s times as long then reaches angles s^2 "
+            "times as large as any that were trained; they should be no larger.",
             frequencies_to(lambda x, theta, s: s * theta**-x),
         ),
         Mistake(
@@ -228,6 +228,11 @@ YARN_CORRECTION_RANGE = Exercise(
             range_with(low=math.ceil),
         ),
         Mistake(
+            "rounded to the nearest",
+            "Both were rounded to the nearest. The first is rounded down and the second up.",
+            range_with(low=round, high=round),
+        ),
+        Mistake(
             "below the first pair",
             "Where no pair makes beta_fast turns, the first number is negative. There is no such pair: 0 is "
             "the least.",
@@ -243,6 +248,12 @@ YARN_CORRECTION_RANGE = Exercise(
             "The second number was held at the last pair, dim / 2 - 1. The definition lets it go to dim - 1, "
             "as the released code does, so that the ramp can end beyond the last pair.",
             range_with(bounds=lambda low, high, dim: (max(low, 0), min(high, dim // 2 - 1))),
+        ),
+        Mistake(
+            "held at the number of pairs",
+            "The second number was held at the number of pairs, dim / 2. The definition lets it go to "
+            "dim - 1.",
+            range_with(bounds=lambda low, high, dim: (max(low, 0), min(high, dim // 2))),
         ),
         Mistake(
             "turns within the new length",
@@ -295,6 +306,13 @@ def with_ramp(
     return answer
 
 
+def ramp_over_turns(dim: int, theta: float, yarn: YarnScaling) -> Tensor:
+    frequencies = rope.rope_frequencies(dim, theta)
+    turns = yarn.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = ((turns - yarn.beta_slow) / (yarn.beta_fast - yarn.beta_slow)).clamp(0, 1)
+    return frequencies * kept + frequencies / yarn.factor * (1 - kept)
+
+
 YARN_FREQUENCIES = Exercise(
     number="11.3",
     name="yarn_frequencies",
@@ -314,6 +332,10 @@ YARN_FREQUENCIES = Exercise(
         Case(
             "DeepSeek-V2: 64 channels, theta 10000, trained on 4096, factor 40",
             lambda: {"dim": 64, "theta": 1e4, "yarn": YarnScaling(40.0, 4096)},
+        ),
+        Case(
+            "20 channels, theta 10000, trained on 5, factor 3: low and high are both 0",
+            lambda: {"dim": 20, "theta": 1e4, "yarn": YarnScaling(3.0, 5)},
         ),
     ),
     mistakes=(
@@ -380,6 +402,17 @@ YARN_FREQUENCIES = Exercise(
             with_ramp(pairs=lambda dim: torch.arange(0, dim, 2, dtype=torch.float32)),
         ),
         Mistake(
+            "ramp over turns",
+            "The ramp is a straight line over the number of turns. Here, as in the released code, it is one "
+            "over the pairs, from low to high.",
+            ramp_over_turns,
+        ),
+        Mistake(
+            "divided by no width",
+            "Where low and high are the same pair, this divides by 0. Take 0.001 for their difference there.",
+            with_ramp(ramp=lambda i, low, high: ((i - low) / (high - low)).clamp(0, 1)),
+        ),
+        Mistake(
             "ramp one pair too long",
             "The ramp reaches 1 a pair after `high`.",
             with_ramp(ramp=lambda i, low, high: ((i - low) / (high - low + 1)).clamp(0, 1)),
@@ -408,7 +441,8 @@ YARN_FREQUENCIES = Exercise(
         "r = (0, 1, 2, ... pairs - 1) - low, divided by high - low (0.001 if that is 0), held within 0 and "
         "1\nreturn (1 - r) * f + r * f / factor",
     ),
-    checked="both ends and the ramp between, with three lengths, three factors and two pairs of betas",
+    checked="both ends and the ramp between, with four lengths and factors, two pairs of betas, a ramp of no "
+    "width",
     axes=("pair",),
     tolerance=1e-6,
     replaces=("dsv2.rope.yarn_frequencies",),
@@ -590,6 +624,10 @@ def in_place(haystacks: Tensor, needles: Tensor, depth: float) -> Tensor:
     return overwritten(haystacks, needles, round(depth * (haystacks.shape[1] - 2)))
 
 
+def beyond_the_end(haystacks: Tensor, needles: Tensor, depth: float) -> Tensor:
+    return overwritten(haystacks.clone(), needles, int(depth * haystacks.shape[1]))
+
+
 PLANT_NEEDLES = Exercise(
     number="11.5",
     name="plant_needles",
@@ -616,6 +654,13 @@ PLANT_NEEDLES = Exercise(
             "The key stands at depth times the number of tokens. The last place possible is two before the "
             "end of the text, and depth is a share of that.",
             planted(lambda tokens, depth: round(depth * tokens)),
+        ),
+        Mistake(
+            "share of all tokens, rounded down",
+            "The key stands at depth times the number of tokens, rounded down, and at depth 1 there is no "
+            "room for it. The last place possible is two before the end; depth is a share of that, "
+            "rounded to the nearest.",
+            beyond_the_end,
         ),
         Mistake(
             "share of the last position",
