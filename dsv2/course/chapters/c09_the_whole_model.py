@@ -48,7 +48,7 @@ LITE = BASE.replace(q_lora_rank=None, topk_method="greedy", n_group=1, topk_grou
 
 
 def block_case(seed: int, cfg: DSV2Config, layer: int, sizes: tuple[int, int], real: tuple[int, ...] = ()):
-    """A block with random weights, in training where there is padding: its budget then depends on the mask."""
+    """A block with random weights; in training where there is padding, as its budget then depends on that."""
     batch, tokens = sizes
     generator = torch.Generator().manual_seed(seed)
     block = Block(cfg, layer).train(bool(real))
