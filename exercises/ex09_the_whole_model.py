@@ -39,7 +39,8 @@ def block_forward(
     takes the input and attention_mask (True at real tokens) and returns its output and a `Routing`. Returned
     are the block's output and the Routing, or None for a dense FFN.
 
-    A toy of numbers: half of 2 is 1, ten times that is 10, so u = 12; then -12, and one more is -11, so 1.
+    A toy of numbers: with a norm that halves and an attention that multiplies by 10, x = 2 gives u = 2 + 10;
+    with a norm that turns the sign and an FFN that adds 1, out = 12 + (-12 + 1) = 1.
 
     >>> from types import SimpleNamespace
     >>> toy = SimpleNamespace(attention_norm=lambda x: x / 2, attention=lambda x, span: 10 * x)
@@ -146,7 +147,7 @@ def counted(cfg: DSV2Config, convention: str, activated: bool = False) -> int:
     one more norm before the head. Where cfg.tie_word_embeddings, both are one matrix: it counts once, as the
     head, which is where the model multiplies by it, and the embedding is 0.
 
-    convention: "everything"; "without the embedding", of which a token only looks one row up; "without
+    convention: "everything"; "without the embedding", of which a token looks up one row only; "without
     embedding and router"; "without embedding and head". `layer_parameters` is exercise 09.4.
 
     >>> counted(DSV2Config.preset("full"), "everything")
@@ -177,7 +178,7 @@ def layer_from_hf(tensors: dict[str, Tensor], cfg: DSV2Config) -> dict[str, Tens
     ffn.shared.w_gate_up.weight, ffn.shared.w_down.weight.
 
     This code runs, every tensor has the shape that it should have, and the model that gets them talks
-    nonsense. One of its lines is wrong: find it.
+    nonsense. One of its steps is wrong: find it.
     """
     heads, nope = cfg.num_attention_heads, cfg.qk_nope_head_dim
 
@@ -212,4 +213,4 @@ def layer_from_hf(tensors: dict[str, Tensor], cfg: DSV2Config) -> dict[str, Tens
         ours["ffn.shared.w_gate_up.weight"] = gate_up("mlp.shared_experts")
     return ours
 
-# stub 530d1a: file 5256a8, 09.1 3bd529, 09.2 307722, 09.3 15b224, 09.4 55d8ae, 09.5 0d0a37, 09.6 9488e0
+# stub a70647: file 5256a8, 09.1 5b99ac, 09.2 307722, 09.3 15b224, 09.4 55d8ae, 09.5 854af5, 09.6 0cd5d4

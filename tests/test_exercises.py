@@ -1156,6 +1156,12 @@ def test_a_file_that_hangs_while_it_is_run_and_leaves_nothing_behind(toy, file, 
     assert len(workers) == 1 and workers[0].ended() and not workers[0].folder.exists()
 
 
+def test_a_learners_code_runs_on_one_thread(toy, file):
+    """On a busy machine the threads of small products wait for each other: an answer seems to hang."""
+    answer_with(file, 1, "    print(torch.get_num_threads())\n    return 2 * x")
+    assert next(watch.verdicts(["01.1"], toy)).printed[-1] == "1"
+
+
 def test_the_device_limited_choice_does_not_hang_on_the_order_of_equal_affinities():
     (exercise,) = [exercise for all_ in CHAPTERS.values() for exercise in all_ if exercise.number == "07.4"]
     for case in exercise.cases:

@@ -239,7 +239,7 @@ def budget_explorer(model: str = "DeepSeek-V2", convention: str = "everything") 
             options = [(f"{step:,}" if step else "none", step) for step in steps]
             return ipywidgets.SelectionSlider(options=options, value=value, **about(name))
         low, high, step = steps
-        return ipywidgets.IntSlider(value, min=low, max=high, step=step, **about(name))
+        return ipywidgets.IntSlider(value, min=low, max=high, step=step, readout_format=",d", **about(name))
 
     start = PRESETS[MODELS[model]]
     controls = {
@@ -342,7 +342,7 @@ def rounding_range(published: str) -> tuple[float, float]:
 
 
 def logit_differences(found: Mapping[str, float], tolerance: float) -> Figure:
-    """The largest difference of any logit, by name, on a logarithmic axis, beside what rounding may do.
+    """The largest difference of any logit, by name, on a logarithmic axis, beside what float32 rounds.
 
     found: by name; 0 is drawn at the left end. tolerance: where rounding ends, a dashed line.
     """
@@ -367,7 +367,7 @@ def logit_differences(found: Mapping[str, float], tolerance: float) -> Figure:
         )
     ax.axvline(tolerance, color=INK, linewidth=2, linestyle=(0, (4, 3)), zorder=1)
     ax.annotate(
-        "rounding",
+        "rounding in float32",
         (tolerance, 1),
         xycoords=("data", "axes fraction"),
         xytext=(0, 6),

@@ -48,8 +48,7 @@ LITE = BASE.replace(q_lora_rank=None, topk_method="greedy", n_group=1, topk_grou
 
 
 def block_case(seed: int, cfg: DSV2Config, layer: int, sizes: tuple[int, int], real: tuple[int, ...] = ()):
-    '""A block with random weights, in training where there is padding: then its budget depends on the'
-    'mask.""'
+    """A block with random weights; in training where there is padding, as its budget then depends on that."""
     batch, tokens = sizes
     generator = torch.Generator().manual_seed(seed)
     block = Block(cfg, layer).train(bool(real))
@@ -258,8 +257,7 @@ BLOCK_FORWARD = Exercise(
         ),
     ),
     hints=(
-        "There are two additions in a block, and two norms. Which of the four things between input and "
-        "output does the norm change, and what must it leave alone?",
+        "There are two additions in a block, and two norms. What goes through a norm, and what goes past it?",
         'The notebook\'s section "A block" does it for a dense layer. For one with experts, '
         "isinstance(self.ffn, DeepSeekMoE), the FFN takes the mask as well and returns two things.",
         "u = x + attention(attention_norm(x), span)\n"
@@ -1276,6 +1274,11 @@ def values_first(rows: Tensor, cfg: DSV2Config) -> tuple[Tensor, Tensor]:
     return rows[:, cfg.v_head_dim :], rows[:, : cfg.v_head_dim]
 
 
+def each_head_halved(rows: Tensor, cfg: DSV2Config) -> tuple[Tensor, Tensor]:
+    uk, uv = rows.unflatten(0, (cfg.num_attention_heads, -1)).chunk(2, dim=1)
+    return uk, uv
+
+
 def heads_last(rows: Tensor, cfg: DSV2Config) -> tuple[Tensor, Tensor]:
     rows = rows.unflatten(0, (-1, cfg.num_attention_heads)).transpose(0, 1)
     return rows[:, : cfg.qk_nope_head_dim], rows[:, cfg.qk_nope_head_dim :]
@@ -1376,6 +1379,12 @@ LAYER_FROM_HF = Exercise(
             "The rows go to the right heads, but of each head the values were taken first. The first N rows "
             "are W^UK's, the other V are W^UV's.",
             kv_rows(values_first),
+        ),
+        Mistake(
+            "each head halved",
+            "Each head's rows were cut in the middle. Its keys are N rows and its values V: as many in "
+            "DeepSeek-V2, but not in every model.",
+            kv_rows(each_head_halved),
         ),
         Mistake(
             "heads last",
