@@ -1080,7 +1080,7 @@ def test_the_course_runs_on_a_learner_s_functions(swapping, capsys):
     mine.use("mine", swapping)
     said = capsys.readouterr().out
     assert "runs on 1 of your functions (3 can be replaced)" in said
-    assert "attention.mla.absorb_query: yours" in said and "expand_output: the reference (not passed)" in said
+    assert "attention.mla.absorb_query: yours" in said and "the reference (not passed): 01." in said
     yours = mla.absorb_query
     assert yours is not original and yours.__code__.co_filename.endswith("ex01_toy.py")
     with torch.no_grad():

@@ -48,14 +48,18 @@ def use(implementation: str, folders: Folders = HERE) -> None:
         except Exception as error:  # the file ran when it was checked; what it needs may be gone
             broken.append((exercise.number, f"{file.name} does not run: {type(error).__name__}: {error}"))
     swap(yours)
-    failed = dict(broken)
-    lines = []
+    failed, lines, rest = dict(broken), [], []
     for exercise in replaceable:
-        here = [place for place in exercise.replaces if place in yours]
         what = ", ".join(place.removeprefix("dsv2.") for place in exercise.replaces)
-        whose = "yours" if here else f"the reference ({failed.get(exercise.number, 'not passed')})"
-        lines.append((exercise.number, f"{what}: {whose}"))
+        if any(place in yours for place in exercise.replaces):
+            lines.append((exercise.number, f"{what}: yours"))
+        elif exercise.number in failed:
+            lines.append((exercise.number, f"{what}: the reference ({failed[exercise.number]})"))
+        else:
+            rest.append(exercise.number)
     count = sum(any(place in yours for place in exercise.replaces) for exercise in replaceable)
+    if rest:
+        lines.append(("", f"the reference (not passed): {', '.join(rest)}"))
     out(Card(f"dsv2 runs on {count} of your functions ({len(replaceable)} can be replaced).", lines=lines))
 
 
