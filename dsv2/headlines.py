@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from dsv2 import accounting
 from dsv2.config import DSV2Config
-from dsv2.published import Published, published_models, published_numbers
+from dsv2.published import Claim, Published, published_models, published_numbers
 
 COUNTED = "without embedding and router"  # the convention that fits every activated count (chapter 09)
 LARGE_MHA_WIDTH = 7168  # 60 layers of it make table 9's 860.2K; the paper does not give the dimensions
@@ -185,7 +185,7 @@ def _training(numbers: Published) -> list[Headline]:
     dense, v2 = numbers.run("DeepSeek 67B"), numbers.run("DeepSeek-V2")
     longer = numbers.run("DeepSeek-V2", "long context")
     paper = next(bar for bar in numbers.figure_1 if bar.quantity == "training cost")
-    price = next(claim for claim in numbers.claims if claim.name == "price")
+    price = _claim(numbers, "price")
     ratio = v2.h800_hours_k_per_t_tokens / dense.h800_hours_k_per_t_tokens
     return [
         Headline(
@@ -223,6 +223,78 @@ def _throughput(numbers: Published) -> list[Headline]:
             "generation throughput", _digits(paper.stated), "x", paper.v2 / paper.dense_67b, how, paper.source
         )
     ]
+
+
+def claim_values(
+    models: Mapping[str, DSV2Config] | None = None, numbers: Published | None = None
+) -> dict[str, dict[str, float]]:
+    """The numbers in `Published.claims` once more, from configs and from the other tables: by claim and name.
+
+    What has no second place to come from (DeepSeek-V3's hours and their price) is left out.
+    """
+    models = published_models() if models is None else models
+    numbers = published_numbers() if numbers is None else numbers
+    v2, mixtral = models["DeepSeek-V2"], models["Mixtral 8x22B"]
+    sparse = {row.model: row for row in numbers.sparse_models}
+    align = {row.model: row.score for row in numbers.chat if row.benchmark == "AlignBench"}
+    run, price = numbers.run("DeepSeek-V2"), _claim(numbers, "price").numbers
+    return {
+        "routed experts": {
+            "routed_experts": v2.n_routed_experts,
+            "experts_per_token": v2.num_experts_per_tok,
+            "shared_experts": v2.n_shared_experts,
+        },
+        "latent width": {
+            "hidden_size": v2.hidden_size,
+            "latent": v2.kv_lora_rank,
+            "rotary_key": v2.qk_rope_head_dim,
+            "cached": accounting.kv_elements_per_token(v2) / v2.num_hidden_layers,
+        },
+        "devices": {
+            "routed_experts": v2.n_routed_experts,
+            "devices": v2.n_group,
+            "experts_per_device": v2.experts_per_device,
+            "devices_per_token": v2.topk_group,
+            "experts_per_token": v2.num_experts_per_tok,
+        },
+        "on the fly": {
+            "expanded_macs_per_head_and_key": accounting.attention_macs(v2, "expanded"),
+            "absorbed_macs_per_head_and_key": accounting.attention_macs(v2, "absorbed"),
+        },
+        "Switch": {
+            "xxl_experts": sparse["Switch-XXL"].experts,
+            "xxl_parameters_b": sparse["Switch-XXL"].total_parameters_b,
+            "c_experts": sparse["Switch-C"].experts,
+            "c_parameters_b": sparse["Switch-C"].total_parameters_b,
+        },
+        "Mixtral": {
+            "claimed_parameters_b": mixtral.n_routed_experts * 22,
+            "total_parameters_b": accounting.parameters(mixtral).total / 1e9,
+            "activated_parameters_b": accounting.parameters(mixtral, activated=True).total / 1e9,
+        },
+        "price": {
+            "v3_usd_m": price["v3_h800_hours_m"] * price["usd_per_hour"],
+            "v2_h800_hours_m": run.h800_hours_k_per_t_tokens * run.tokens_b / 1e6,
+        },
+        "base scores": _claimed_scores({row.model: row.scores_percent for row in numbers.base_scores}),
+        "AlignBench": {
+            "v2_rl": align["DeepSeek-V2 Chat (RL)"],
+            "gpt_4_1106_preview": align["GPT-4-1106-Preview"],
+            "gpt_4_0613": align["GPT-4-0613"],
+        },
+    }
+
+
+def _claimed_scores(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """DeepSeek-V2's eight scores under lower-case names, and the four of others that the claim mentions."""
+    found = {name.lower().replace("-", "_"): score for name, score in scores["DeepSeek-V2"].items()}
+    for short, model in (("llama3", "LLaMA3 70B"), ("mixtral", "Mixtral 8x22B")):
+        found.update({f"{name.lower()}_{short}": scores[model][name] for name in ("MMLU", "HumanEval")})
+    return found
+
+
+def _claim(numbers: Published, name: str) -> Claim:
+    return next(claim for claim in numbers.claims if claim.name == name)
 
 
 def training_compute(

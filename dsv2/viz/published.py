@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from dsv2.headlines import training_compute
-from dsv2.published import AttentionAblation, BarPair, BaseScores, SparseModel, published_numbers
+from dsv2.published import AttentionAblation, BarPair, BaseScores, ChatScore, SparseModel, published_numbers
 from dsv2.viz import style
 from dsv2.viz.style import BASE, INK, LINE, SMALL, finish, label, margins, new_axes, new_figure
 from dsv2.viz.widgets import Explorer
@@ -115,10 +115,10 @@ def score_panels(against: str = "activated", rows: Sequence[BaseScores] | None =
         best.append(f"{benchmark}: {first} {points[first][1]:g} %{v2}")
     for panel in panels[:, 0]:
         label(panel, y="score (%)")
-    width, height = figure.get_size_inches()
-    figure.text(
-        0.5, 0.93 / height, AGAINST[against], ha="center", va="center", fontsize=BASE, color=INK
-    )  # under both columns
+    missing = [row.model for row in rows or _numbers().base_scores if row.model not in models]
+    below = AGAINST[against] + (f"; without {', '.join(missing)}" if missing else "")
+    height = figure.get_size_inches()[1]
+    figure.text(0.5, 0.93 / height, below, ha="center", va="center", fontsize=BASE, color=INK)
     handles = [
         Line2D([], [], color=COLOURS.get(m, style.GREY), marker=MARKERS.get(m, "o"), ms=10, ls="", label=m)
         for m in models
@@ -127,7 +127,6 @@ def score_panels(against: str = "activated", rows: Sequence[BaseScores] | None =
         handles=handles, loc="lower center", ncol=3, fontsize=SMALL, frameon=False, handletextpad=0.2,
         bbox_to_anchor=(0.5, 0.06 / height), columnspacing=1.6,
     )  # fmt: skip
-    missing = [row.model for row in rows or _numbers().base_scores if row.model not in models]
     gone = f" Left out, their training tokens not being stored: {', '.join(missing)}." if missing else ""
     return finish(figure, f"Best score of the base models by benchmark. {'; '.join(best)}.{gone}")
 
@@ -220,9 +219,10 @@ def headline_bars(rows: Sequence[BarPair] | None = None) -> Figure:
         panel.set_ylim(0, 1.16 * max(values))
         panel.yaxis.set_major_locator(MaxNLocator(4))
         times = "times" in pair.stated_as
+        times = "times" in pair.stated_as
         panel.set_title(pair.quantity, fontsize=BASE, color=INK, loc="left", pad=38)
         panel.annotate(
-            f"{pair.stated:g} times" if times else f"{pair.stated:g} % less", (0, 1), xycoords="axes fraction",
+            f"{pair.stated:g} {'times' if times else '% less'}", (0, 1), xycoords="axes fraction",
             xytext=(0, 12), textcoords="offset points", fontsize=style.TITLE, fontweight="bold",
             color=style.ink(style.BLUE),
         )  # fmt: skip
@@ -233,6 +233,28 @@ def headline_bars(rows: Sequence[BarPair] | None = None) -> Figure:
             f"{pair.stated_as} by these numbers, {pair.stated:g} in the paper ({pair.reading})"
         )
     return finish(figure, f"DeepSeek 67B and DeepSeek-V2. {'; '.join(said)}.")
+
+
+def chat_bars(benchmark: str = "AlignBench", rows: Sequence[ChatScore] | None = None) -> Figure:
+    """One benchmark of chat models, best first; DeepSeek-V2's in blue."""
+    rows = _numbers().chat if rows is None else rows
+    here = sorted((row for row in rows if row.benchmark == benchmark), key=lambda row: -row.score)
+    if not here:
+        known = ", ".join(dict.fromkeys(row.benchmark for row in rows))
+        raise ValueError(f"benchmark={benchmark!r} is not among {known}")
+    ax = new_axes(None, 10.4, 1.3 + 0.65 * len(here), grid=None, left=2.9, right=0.8, bottom=0.8, top=0.2)
+    for place, row in enumerate(here):
+        ax.barh(place, row.score, height=0.72, color=style.BLUE if V2 in row.model else style.GREY)
+        ax.annotate(
+            f"{row.score:g}", (row.score, place), xytext=(6, 0), textcoords="offset points", va="center",
+            fontsize=BASE, fontweight="bold", color=INK,
+        )  # fmt: skip
+    ax.set_yticks(range(len(here)), [row.model for row in here], fontsize=SMALL)
+    ax.tick_params(axis="y", length=0)
+    ax.set_ylim(len(here) - 0.5, -0.5)
+    ax.set_xlim(0, 10 if "of 10" in here[0].unit else 100)
+    label(ax, f"{benchmark} ({here[0].unit})")
+    return finish(ax, f"{benchmark}, {here[0].unit}: {'; '.join(f'{r.model} {r.score:g}' for r in here)}.")
 
 
 def ablation_scores(rows: Sequence[AttentionAblation] | None = None) -> Figure:
@@ -250,10 +272,8 @@ def ablation_scores(rows: Sequence[AttentionAblation] | None = None) -> Figure:
         1, len(scales) + cached, squeeze=False, width_ratios=[1.1] * len(scales) + [1.0] * cached
     )[0]
     margins(figure, left=1.2, right=0.2, bottom=1.2, top=0.85, wspace=0.24)
-    said = [
-        _score_bars(panel, [row for row in rows if row.scale == scale])
-        for panel, scale in zip(panels, scales)
-    ]
+    room = 1.75 if len(panels) > 1 else 1.25
+    said = [_score_bars(panel, [r for r in rows if r.scale == s], room) for panel, s in zip(panels, scales)]
     names = list(rows[0].scores_percent)
     for panel in panels[: len(scales)]:
         panel.set_yticks(range(len(names)), names if panel is panels[0] else [""] * len(names), fontsize=BASE)
@@ -268,8 +288,8 @@ def ablation_scores(rows: Sequence[AttentionAblation] | None = None) -> Figure:
     return finish(figure, f"Benchmarks by attention. {'; '.join(said)}.")
 
 
-def _score_bars(panel: Axes, rows: Sequence[AttentionAblation]) -> str:
-    """The scores of one scale, by benchmark; what they say in words."""
+def _score_bars(panel: Axes, rows: Sequence[AttentionAblation], room: float) -> str:
+    """The scores of one scale, by benchmark; what they say in words. room: width over the longest bar."""
     style.style_axes(panel, None)
     names, said = list(rows[0].scores_percent), []
     height = 0.8 / len(rows)
@@ -280,12 +300,12 @@ def _score_bars(panel: Axes, rows: Sequence[AttentionAblation]) -> str:
             score, y = row.scores_percent[name], place + height * (n - (len(rows) - 1) / 2)
             panel.barh(y, score, height=0.9 * height, color=style.colour_of(row.attention))
             panel.annotate(
-                f"{score:g}" if n == 0 else f"{score:g} ({score - first:+.1f})", (score, y), xytext=(5, 0),
+                f"{score:.1f}" if n == 0 else f"{score:.1f} ({score - first:+.1f})", (score, y), xytext=(5, 0),
                 textcoords="offset points", va="center", fontsize=SMALL, color=INK,
             )  # fmt: skip
         said.append(f"{name} " + ", ".join(f"{row.attention} {row.scores_percent[name]:g}" for row in rows))
     panel.set_ylim(len(names) - 0.5, -0.5)
-    panel.set_xlim(0, 1.75 * most)
+    panel.set_xlim(0, room * most)
     panel.xaxis.set_major_locator(FixedLocator(range(0, int(most) + 1, 20)))
     sizes = sorted({row.total_parameters_b for row in rows})
     title = f"{rows[0].scale}: {sizes[0]:g} to {sizes[-1]:g}B,\n{_tokens(rows[0].tokens_b)} tokens"
@@ -305,7 +325,7 @@ def _cache_bars(panel: Axes, rows: Sequence[AttentionAblation], scales: Sequence
         for row in here:
             count = row.kv_elements_per_token_k
             panel.barh(place, count, height=0.9, color=style.colour_of(row.attention))
-            share = "" if row is here[0] else f" ({count / here[0].kv_elements_per_token_k:.0%})"
+            share = "" if row is here[0] else f" ({100 * count / here[0].kv_elements_per_token_k:.0f} %)"
             panel.annotate(
                 f"{count:g}{share}", (count, place), xytext=(5, 0), textcoords="offset points", va="center",
                 fontsize=SMALL, color=INK,
@@ -414,5 +434,6 @@ def _name_beside(ax: Axes, model: str, point: tuple[float, float], known: bool) 
         model if known else f"{model}: at\nleast {point[1]:.2g}B", point, xytext=offset,
         textcoords="offset points", ha=side, va="center", fontsize=SMALL,
         fontweight="bold" if model in (V2, LITE) else "normal",
-        color=style.ink(COLOURS.get(model, style.VERMILLION)),
+        color=style.ink(COLOURS.get(model, style.VERMILLION)), zorder=2,
+        bbox={"facecolor": style.PAPER, "edgecolor": "none", "pad": 1.0},
     )  # fmt: skip
