@@ -95,6 +95,27 @@ def published_devices(file: Path = DATA / "devices.json") -> dict[str, Device]:
     return devices
 
 
+def measured_devices(file: Path = DATA / "devices.json") -> dict[str, Device]:
+    """The devices that were measured, with the rates that they reached, such as "H100 80GB, measured".
+
+    bandwidth: of a copy, read and written bytes both counted. flops: of a large square product.
+    """
+    published, found = published_devices(file), {}
+    for entry in json.loads(file.read_text(encoding="utf-8"))["devices"]:
+        if "measured" in entry:
+            base, measured = published[entry["name"]], entry["measured"]
+            name = f"{base.name}, measured"
+            found[name] = Device(
+                name=name,
+                memory=base.memory,
+                bandwidth=measured["copy_gb_per_s"] * 1e9,
+                flops=measured["matmul_tflops"] * 1e12,
+                dtype=base.dtype,
+                source=measured["how"],
+            )
+    return found
+
+
 # ----------------------------------------------------------------------------------------- the papers' tables
 
 
