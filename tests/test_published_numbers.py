@@ -150,6 +150,17 @@ def test_what_is_recomputed_by_hand():
         assert values[name] == pytest.approx(value, rel=1e-4), name
 
 
+def test_which_conventions_fit_the_activated_counts():
+    """21B fits three of the four, V2-Lite's 2.4B one alone."""
+    fits = {}
+    for model, stated in ((V2, "21"), (LITE, "2.4")):
+        counts = accounting.parameters(MODELS[model], activated=True).conventions()
+        decimals = len(stated.partition(".")[2])
+        fits[model] = [name for name, count in counts.items() if f"{count / 1e9:.{decimals}f}" == stated]
+    assert fits[V2] == ["everything", "without the embedding", "without embedding and router"]
+    assert fits[LITE] == [headlines.COUNTED]
+
+
 def test_cache_savings_by_convention():
     printed = {name: f"{value:.1f}" for name, value in cache_savings().items()}
     assert [*printed.values()] == ["93.3", "91.1", "82.2", "98.2"]
@@ -299,6 +310,34 @@ def test_every_figure_is_broken_by_some_alteration():
     assert broken == {found.name for found in headlines.headlines()}
 
 
+COUNTLESS = {"model_type", "rope_theta", "rope_scaling", "max_position_embeddings", "topk_method",
+             "n_group", "topk_group"}  # fmt: skip
+FIELDS = [
+    (stem, field)
+    for stem in published.MODELS
+    for field in json.loads((DATA / "configs" / f"{stem}.json").read_text("utf-8"))["config"]
+    if field not in COUNTLESS
+]
+
+
+def sizes(fields: dict) -> tuple[int, int, int]:
+    cfg = published.config_of(fields)
+    active = accounting.parameters(cfg, activated=True).total
+    return accounting.parameters(cfg).total, active, accounting.kv_elements_per_token(cfg)
+
+
+@pytest.mark.parametrize(("stem", "field"), FIELDS, ids="-".join)
+def test_no_field_of_a_config_can_change_unseen(stem, field):
+    """Doubled, a field changes a count, whose exact value another test has; MLA has no groups of heads."""
+    fields = json.loads((DATA / "configs" / f"{stem}.json").read_text("utf-8"))["config"]
+    value = fields[field]
+    other = not value if isinstance(value, bool) else 2 * value if value else 1
+    if field == "q_lora_rank" and value is None:
+        other = 1536
+    changed = sizes({**fields, field: other}) != sizes(fields)
+    assert changed == (not (fields["model_type"] == "deepseek_v2" and field == "num_key_value_heads"))
+
+
 def _forget_the_rotary_key(monkeypatch):
     right = accounting.kv_elements_per_token
 
@@ -386,6 +425,18 @@ def test_a_claims_words_say_its_numbers(claim):
             {"shared ones"} if name == "shared_experts" else set()
         )
         assert any(form in said for form in shown), (name, plain)
+
+
+def test_a_claims_report_has_both_numbers_side_by_side():
+    lines = headlines.claim_report("Mixtral").splitlines()
+    assert lines[0].endswith("176B parameters.") and lines[1].startswith("verdict: wrong. 141B")
+    assert [line.split()[-3:] for line in lines[3:]] == [
+        ["176", "recomputed:", "176"], ["141", "recomputed:", "140.621"], ["39", "recomputed:", "39.152"],
+    ]  # fmt: skip
+    assert "8.01   in its table: 8.01" in headlines.claim_report("AlignBench")
+    assert "not recomputed" in headlines.claim_report("price")
+    with pytest.raises(ValueError, match="name='weather' is not among routed experts"):
+        headlines.claim_report("weather")
 
 
 def test_who_leads_which_benchmark():
