@@ -79,7 +79,7 @@ def headline_table(found: list[Headline]) -> str:
 def claim_report(
     name: str, models: Mapping[str, DSV2Config] | None = None, numbers: Published | None = None
 ) -> str:
-    """One of `Published.claims` as text: the claim, its verdict, and each number as stated and as found elsewhere.
+    """One of `Published.claims` as text: claim, verdict, and each number as stated and as found elsewhere.
 
     Raises ValueError for a name that is not stored.
     """
