@@ -16,6 +16,7 @@ from dsv2.config import DSV2Config
 from dsv2.published import Claim, Published, published_models, published_numbers
 
 COUNTED = "without embedding and router"  # the convention that fits every activated count (chapter 09)
+QUOTED = ("Switch", "base scores", "AlignBench")  # claims whose numbers only another table can be asked about
 LARGE_MHA_WIDTH = 7168  # 60 layers of it make table 9's 860.2K; the paper does not give the dimensions
 
 
@@ -73,6 +74,29 @@ def headline_table(found: list[Headline]) -> str:
         rows.append((h.name, f"{h.published} {h.unit}{' (derived)' * h.derived}", f"{h.value:.6g}", h.how))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows)
+
+
+def claim_report(
+    name: str, models: Mapping[str, DSV2Config] | None = None, numbers: Published | None = None
+) -> str:
+    """One of `Published.claims` as text: claim, verdict, and each number as stated and as found elsewhere.
+
+    Raises ValueError for a name that is not stored.
+    """
+    numbers = published_numbers() if numbers is None else numbers
+    if name not in {claim.name for claim in numbers.claims}:
+        raise ValueError(f"name={name!r} is not among {', '.join(claim.name for claim in numbers.claims)}")
+    claim, values = _claim(numbers, name), claim_values(models, numbers)[name]
+    lines = [
+        f"claim:   {claim.claim}",
+        f"verdict: {claim.verdict}. {claim.found}",
+        f"source:  {claim.source}",
+    ]
+    for key, stated in claim.numbers.items():
+        where = "in its table" if name in QUOTED else "recomputed"
+        found = f"{where}: {values[key]:.6g}" if key in values else "not recomputed"
+        lines.append(f"  {key.replace('_', ' '):32} {stated:>8.6g}   {found}")
+    return "\n".join(lines)
 
 
 def _parameter_counts(models: Mapping[str, DSV2Config], numbers: Published) -> list[Headline]:

@@ -95,6 +95,15 @@ from dsv2.viz.pretraining import (
     training_schedule_explorer,
     training_schedule_figure,
 )
+from dsv2.viz.published import (
+    ablation_scores,
+    chat_bars,
+    headline_bars,
+    score_explorer,
+    score_map,
+    score_panels,
+    sparsity_map,
+)
 from dsv2.viz.roofline import forms_crossing, forms_times, roofline_explorer, two_forms
 from dsv2.viz.rope import (
     absorption_errors,
@@ -113,6 +122,7 @@ __all__ = [
     "Explorer",
     "Layout",
     "LiveGeneration",
+    "ablation_scores",
     "absorption_errors",
     "attention_intensity",
     "balance_explorer",
@@ -128,6 +138,7 @@ __all__ = [
     "chance_reach",
     "channel_layouts",
     "chapters_here",
+    "chat_bars",
     "context_explorer",
     "context_figure",
     "convention_dots",
@@ -145,6 +156,7 @@ __all__ = [
     "forms_times",
     "gradient_norms",
     "head_sharing",
+    "headline_bars",
     "human_bytes",
     "information_dots",
     "join_routings",
@@ -195,7 +207,11 @@ __all__ = [
     "schedule_curves",
     "schedule_explorer",
     "schedule_figure",
+    "score_explorer",
+    "score_map",
+    "score_panels",
     "simulate_balance",
+    "sparsity_map",
     "spread_losses",
     "spread_times",
     "starved",

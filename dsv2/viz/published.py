@@ -272,12 +272,14 @@ def ablation_scores(rows: Sequence[AttentionAblation] | None = None) -> Figure:
         1, len(scales) + cached, squeeze=False, width_ratios=[1.1] * len(scales) + [1.0] * cached
     )[0]
     margins(figure, left=1.2, right=0.2, bottom=1.2, top=0.85, wspace=0.24)
-    room = 1.75 if len(panels) > 1 else 1.25
-    said = [_score_bars(panel, [r for r in rows if r.scale == s], room) for panel, s in zip(panels, scales)]
+    longest = max(score for row in rows for score in row.scores_percent.values())
+    said = [_score_bars(panel, [r for r in rows if r.scale == s]) for panel, s in zip(panels, scales)]
     names = list(rows[0].scores_percent)
     for panel in panels[: len(scales)]:
         panel.set_yticks(range(len(names)), names if panel is panels[0] else [""] * len(names), fontsize=BASE)
         panel.tick_params(axis="y", length=0)
+        panel.set_xlim(0, (1.75 if len(panels) > 1 else 1.25) * longest)
+        panel.xaxis.set_major_locator(FixedLocator(range(0, int(longest) + 1, 20)))
     if cached:
         said.append(_cache_bars(panels[-1], rows, scales))
     width, _ = figure.get_size_inches()
@@ -288,25 +290,22 @@ def ablation_scores(rows: Sequence[AttentionAblation] | None = None) -> Figure:
     return finish(figure, f"Benchmarks by attention. {'; '.join(said)}.")
 
 
-def _score_bars(panel: Axes, rows: Sequence[AttentionAblation], room: float) -> str:
-    """The scores of one scale, by benchmark; what they say in words. room: width over the longest bar."""
+def _score_bars(panel: Axes, rows: Sequence[AttentionAblation]) -> str:
+    """The scores of one scale, by benchmark; what they say in words."""
     style.style_axes(panel, None)
     names, said = list(rows[0].scores_percent), []
     height = 0.8 / len(rows)
-    most = max(score for row in rows for score in row.scores_percent.values())
     for place, name in enumerate(names):
         first = rows[0].scores_percent[name]
         for n, row in enumerate(rows):
             score, y = row.scores_percent[name], place + height * (n - (len(rows) - 1) / 2)
             panel.barh(y, score, height=0.9 * height, color=style.colour_of(row.attention))
             panel.annotate(
-                f"{score:.1f}" if n == 0 else f"{score:.1f} ({score - first:+.1f})", (score, y), xytext=(5, 0),
+                f"{score:.1f}" + (f" ({score - first:+.1f})" if n else ""), (score, y), xytext=(5, 0),
                 textcoords="offset points", va="center", fontsize=SMALL, color=INK,
             )  # fmt: skip
         said.append(f"{name} " + ", ".join(f"{row.attention} {row.scores_percent[name]:g}" for row in rows))
     panel.set_ylim(len(names) - 0.5, -0.5)
-    panel.set_xlim(0, room * most)
-    panel.xaxis.set_major_locator(FixedLocator(range(0, int(most) + 1, 20)))
     sizes = sorted({row.total_parameters_b for row in rows})
     title = f"{rows[0].scale}: {sizes[0]:g} to {sizes[-1]:g}B,\n{_tokens(rows[0].tokens_b)} tokens"
     panel.set_title(title, fontsize=BASE, color=INK, loc="left", pad=8)
