@@ -55,8 +55,8 @@ def test_it_runs_small_on_a_cpu(tmp_path, capsys):
     assert [row["batch"] for row in report["results"]] == [1, 3, 1, 3]
     for row in report["results"]:
         assert row["cached"] == 12 and 0 < row["share"] <= 1.05, row
-        assert row["tokens_per_second"] == pytest.approx(1e3 * row["batch"] / row["ms"], rel=0.01)
-        assert row["share"] == pytest.approx(row["tokens_per_second"] / row["predicted"], rel=0.01, abs=1e-4)
+        assert row["tokens_per_second"] == pytest.approx(1e3 * row["batch"] / row["ms"], rel=0.01, abs=0.06)
+        assert row["share"] == pytest.approx(row["tokens_per_second"] / row["predicted"], rel=0.1, abs=1e-4)
     for name in ("command", "date", "device", "versions", "dtype", "context", "reserve", "product_rate"):
         assert report[name], name
     best = {row["model"]: row["tokens_per_second"] for row in report["results"] if row["largest"]}
