@@ -53,7 +53,13 @@ from dsv2.viz.devices import (
     traffic_explorer,
 )
 from dsv2.viz.diagrams import chapters_here, course_map, model_diagram
-from dsv2.viz.economics import cost_calculator, cost_figure, predicted_measured, speedup_figure
+from dsv2.viz.economics import (
+    cost_calculator,
+    cost_figure,
+    predicted_measured,
+    speedup_by_context,
+    speedup_figure,
+)
 from dsv2.viz.experts import (
     Layout,
     expert_layouts,
@@ -200,6 +206,7 @@ __all__ = [
     "schedule_explorer",
     "schedule_figure",
     "simulate_balance",
+    "speedup_by_context",
     "speedup_figure",
     "spread_losses",
     "spread_times",

@@ -1,4 +1,4 @@
-"""Chapter 13 in pictures: what serving costs, 5.76x in steps, and the model of decoding against measurements."""
+"""Chapter 13 in pictures: what serving costs, 5.76x in steps, predicted times beside measured ones."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dsv2.economics import (
     NEW,
     OLD,
     PUBLISHED_SPEED,
+    PUBLISHED_SPEEDUP,
     WEIGHT_FORMATS,
     Check,
     Deployment,
@@ -30,7 +31,7 @@ from dsv2.viz import style
 from dsv2.viz.cache import CONTEXTS, tokens_text
 from dsv2.viz.plots import human_bytes
 from dsv2.viz.roofline import time_text
-from dsv2.viz.style import BASE, INK, SMALL, finish, label, margins, new_axes, new_figure
+from dsv2.viz.style import BASE, INK, LINE, SMALL, finish, label, margins, new_axes, new_figure
 from dsv2.viz.widgets import Explorer, in_columns
 
 REFERENCES = ("DeepSeek 67B", "LLaMA3 70B")
@@ -65,8 +66,9 @@ def speedup_figure(steps: Sequence[SpeedupStep], published: Mapping[str, float] 
         speed = step.throughput.tokens_per_second
         ax.barh(row, speed, height=0.62, color=STEP_COLOURS.get(step.name, WEIGHTS), label=step.name)
         names.append(step.name if row == 0 else f"+ {step.name}")
-        factor = "" if row == 0 else f"x{step.factor:.2f},  "
-        _beside(ax, speed, row, f"{factor}batch {step.throughput.batch:,}")
+        weights = f"weights {human_bytes(step.throughput.memory.weights)}"
+        what = f"{weights}, batch {step.throughput.batch:,}"
+        _beside(ax, speed, row, what if row == 0 else f"x{step.factor:.2f};  {what}")
     ends = [(0, published.get(OLD)), (len(steps) - 1, published.get(NEW))]
     for row, speed in ends:
         if speed is not None:
@@ -78,9 +80,9 @@ def speedup_figure(steps: Sequence[SpeedupStep], published: Mapping[str, float] 
         )  # fmt: skip
     ax.set_yticks(range(len(steps)), names, fontsize=BASE)
     ax.set_ylim(len(steps) - 0.35, -0.5)
-    ax.set_xlim(0, 1.22 * top)
+    ax.set_xlim(0, 1.78 * top)
     ax.xaxis.set_major_locator(MaxNLocator(6))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e3:g}K"))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _thousands(value)))
     context, devices = steps[0].throughput.context, steps[0].throughput.devices
     label(ax, f"tokens/s at most on {devices} GPUs, {context:,} cached tokens a text")
     said = ", ".join(
@@ -97,6 +99,39 @@ def _beside(ax: Axes, x: float, y: float, text: str, weight: str = "normal") -> 
         text, (x, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=SMALL, color=INK,
         fontweight=weight, annotation_clip=False, parse_math=False,
     )  # fmt: skip
+
+
+def speedup_by_context(
+    factors: Mapping[int, float], published: float | None = None, axes: Axes | None = None
+) -> Figure:
+    """How many times faster DeepSeek-V2 decodes than DeepSeek 67B by the model, against the context.
+
+    factors: by cached tokens, such as {n: speedup(speedup_steps(n)) for n in (1024, 4096)}. published: the
+    dashed line; None: 5.76.
+    """
+    if len(factors) < 2:
+        raise ValueError(f"factors has {len(factors)} contexts; there must be 2 or more")
+    published = PUBLISHED_SPEEDUP if published is None else published
+    ax = new_axes(axes, 10.0, 4.3, left=1.0, right=0.4, bottom=0.8, top=0.3)
+    ax.axhline(published, color=INK, linewidth=2.0, linestyle=(0, (5, 3)), label="published")
+    ax.annotate(
+        f"published: {published:g}", (0.01, published), xycoords=("axes fraction", "data"), xytext=(0, 5),
+        textcoords="offset points", va="bottom", fontsize=BASE, color=INK,
+    )  # fmt: skip
+    ax.plot(*zip(*factors.items()), "o-", color=style.CACHED, linewidth=LINE, ms=9, label="the model")
+    for context, factor in factors.items():
+        ax.annotate(
+            f"{factor:.2f}", (context, factor), xytext=(0, -20), textcoords="offset points", ha="center",
+            fontsize=BASE, color=style.ink(style.CACHED),
+        )  # fmt: skip
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(list(factors), [tokens_text(context) for context in factors])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.margins(x=0.06)
+    ax.set_ylim(0, 1.2 * max(published, *factors.values()))
+    label(ax, "cached tokens of each text", "times DeepSeek 67B's tokens/s")
+    said = ", ".join(f"{context:,}: {factor:.2f}" for context, factor in factors.items())
+    return finish(ax, f"Times DeepSeek 67B's tokens a second by the model, by cached tokens: {said}.")
 
 
 # ------------------------------------------------------------------------------------ predicted and measured
@@ -120,23 +155,22 @@ def predicted_measured(checks: Sequence[Check]) -> Figure:
     ax.set_xscale("log")
     times = [1e3 * time for check in checks for time in (check.predicted, check.measured)]
     ax.set_xlim(min(times) / 1.6, max(times) * 1.6)
-    ax.xaxis.set_major_locator(LogLocator(10.0))
+    narrow = max(times) < 100 * min(times)
+    ax.xaxis.set_major_locator(LogLocator(10.0, subs=(1, 2, 5) if narrow else (1,)))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.set_yticks(range(len(checks)), [_short(check.what) for check in checks], fontsize=SMALL)
     ax.set_ylim(len(checks) - 0.5, -0.6)
+    above = 1 + 0.24 / (0.4 * len(checks) + 0.05)  # a quarter of an inch
     for place, mark, colour, text in (
-        (0.0, "|", style.BLUE, "predicted"),
-        (0.34, "o", style.VERMILLION, "measured"),
+        (0.02, "|", style.BLUE, "predicted"),
+        (0.36, "o", style.VERMILLION, "measured"),
     ):
-        ax.plot(
-            place + 0.02, 1.045 if len(checks) > 9 else 1.09, mark, color=colour, ms=13 if mark == "|" else 9,
-            mew=4 if mark == "|" else 1, transform=ax.transAxes, clip_on=False,
-        )  # fmt: skip
+        look = {"color": colour, "ms": 15 if mark == "|" else 9, "mew": 4 if mark == "|" else 1}
+        ax.plot(place, above, mark, transform=ax.transAxes, clip_on=False, **look)
         ax.annotate(
-            text, (place + 0.02, 1.045 if len(checks) > 9 else 1.09), xycoords="axes fraction", xytext=(12, 0),
-            textcoords="offset points", va="center", fontsize=BASE, color=style.ink(colour),
-            annotation_clip=False,
+            text, (place, above), xycoords="axes fraction", xytext=(12, 0), textcoords="offset points",
+            va="center", fontsize=BASE, color=style.ink(colour), annotation_clip=False,
         )  # fmt: skip
     label(ax, "time (ms); to the right: predicted / measured")
     shares = [check.share for check in checks]
@@ -170,15 +204,16 @@ def calculator_devices() -> dict[str, Device]:
 @lru_cache(maxsize=64)
 def serving(
     model: str, context: int, batch: int, weights: str, cache: str, device: str, gpus: int
-) -> Throughput | None:
-    """One bar of the calculator; batch 0: the largest that fits. None: nothing fits."""
+) -> Throughput:
+    """One bar of the calculator; batch 0: the largest that fits, or 1 where none does."""
     deployment = Deployment(calculator_devices()[device], gpus, weights, cache)
     cfg = _models()[model]
-    chosen = batch or largest_batch(cfg, context, deployment)
-    return decode_throughput(cfg, context, deployment, chosen) if chosen else None
+    return decode_throughput(
+        cfg, context, deployment, batch or max(largest_batch(cfg, context, deployment), 1)
+    )
 
 
-def _bars(model: str, **setting) -> dict[str, Throughput | None]:
+def _bars(model: str, **setting) -> dict[str, Throughput]:
     """The chosen model, then those it is compared with."""
     return {name: serving(name, **setting) for name in dict.fromkeys((model, *REFERENCES))}
 
@@ -189,21 +224,14 @@ def cost_figure(
     """Memory, speed and price of a model beside DeepSeek 67B and LLaMA3 70B, served the same way."""
     setting = dict(context=context, batch=batch, weights=weights, cache=cache, device=device, gpus=gpus)
     bars = _bars(model, **setting)
-    figure = new_figure(10.8, 1.75 + 0.8 * len(bars))
+    figure = new_figure(10.8, 1.95 + 0.8 * len(bars))
     panels = figure.subplots(1, 3, sharey=True)
-    margins(figure, left=1.75, right=0.3, bottom=0.8, top=0.75, wspace=0.12)
+    margins(figure, left=1.75, right=0.3, bottom=0.8, top=0.95, wspace=0.12)
     deployment = Deployment(calculator_devices()[device], gpus, weights, cache)
     unit, name = (1e12, "TB") if deployment.room >= 2e12 else (1e9, "GB")
     spoken, ends = [], [[], [], []]
     for row, (which, found) in enumerate(bars.items()):
         colour = style.VERMILLION if row == 0 else style.GREY
-        if found is None or not found.fits:
-            panels[1].text(
-                0.0, row, "  does not fit", va="center", fontsize=BASE, color=style.ink(style.VERMILLION)
-            )
-            spoken.append(f"{which}: does not fit")
-            if found is None:
-                continue
         parts = found.memory
         panels[0].barh(row, parts.weights / unit, height=0.62, color=WEIGHTS, label=f"weights, {which}")
         panels[0].barh(
@@ -216,6 +244,8 @@ def cost_figure(
         )
         ends[0].append(parts.total / unit)
         if not found.fits:
+            _beside(panels[1], 0, row, "does not fit")
+            spoken.append(f"{which}: {_texts(found.batch)} with {human_bytes(parts.total)} do not fit")
             continue
         speed, cost = found.tokens_per_second, found.cost_per_million(price)
         for panel, value, text in ((1, speed, f"{speed:,.0f}"), (2, cost, _money(cost))):
@@ -223,33 +253,38 @@ def cost_figure(
             ends[panel].append(value)
             _beside(panels[panel], value, row, text, "bold" if row == 0 else "normal")
         spoken.append(
-            f"{which}: batch {found.batch:,}, {human_bytes(parts.total)}, {speed:,.0f} tokens/s, {_money(cost)} "
-            "dollars a million"
+            f"{which}: batch {found.batch:,}, {human_bytes(parts.total)}, {speed:,.0f} tokens/s, "
+            f"{_money(cost)} dollars a million"
         )
     panels[0].axvline(deployment.room / unit, color=INK, linewidth=3.0, label="room")
     ends[0].append(deployment.room / unit)
     panels[0].set_yticks(range(len(bars)), list(bars), fontsize=BASE)
     panels[0].set_ylim(len(bars) - 0.5, -0.5)
-    titles = (
-        f"memory ({name}; line: room)",
-        "tokens/s at most",
-        "dollars a million tokens",
-    )
+    titles = (f"memory ({name})", "tokens/s at most", "dollars a million tokens")
     for panel, values, title, space in zip(panels, ends, titles, (1.06, 1.6, 1.55)):
         style.style_axes(panel, "x")
         panel.set_xlim(0, space * max(values, default=1.0))
         panel.xaxis.set_major_locator(MaxNLocator(3))
         label(panel, title)
+        if not values:
+            panel.set_xticks([])
     panels[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: _thousands(value)))
     for panel in panels[1:]:
         panel.tick_params(left=False)
     count = "" if gpus == 1 else f"{gpus} x "
-    figure.text(
-        0.012, 1 - 0.42 / figure.get_size_inches()[1],
-        f"{count}{device}, {tokens_text(context)} cached tokens a text, weights {weights}, cache {cache}",
-        fontsize=BASE, color=INK,
-    )  # fmt: skip
+    where = f"{count}{device}, {tokens_text(context)} cached tokens a text"
+    heading = (
+        (0.3, BASE, f"{where}, weights: {weights}, cache: {cache}"),
+        (0.68, SMALL, "memory: grey the weights, blue the cache, the line all there is for both"),
+    )
+    for below, size, text in heading:
+        height = 1 - below / figure.get_size_inches()[1]
+        figure.text(0.012, height, text, fontsize=size, color=INK, va="center")
     return finish(figure, f"{'; '.join(spoken)}.")
+
+
+def _texts(count: int) -> str:
+    return "weights and 1 text" if count == 1 else f"weights and {count:,} texts"
 
 
 def _thousands(value: float) -> str:
@@ -266,10 +301,14 @@ def cost_caption(
 ) -> str:
     """The chosen model's step in words: batch, time, and which phase takes how long, by what."""
     found = serving(model, context, batch, weights, cache, device, gpus)
-    if found is None or not found.fits:
+    if not found.fits:
         deployment = Deployment(calculator_devices()[device], gpus, weights, cache)
         most = largest_batch(_models()[model], context, deployment)
-        hint = f"{most:,} texts would fit." if most else "Not even one text fits: more GPUs, or fewer bits."
+        hint = (
+            f"Of these texts, {most:,} would fit."
+            if most
+            else "Not even one text fits: more GPUs, or fewer bits."
+        )
         return f"<div style='max-width:1040px'><b>{model}</b> does not fit so. {hint}</div>"
     rows = "".join(
         f"<tr><td>{phase.name}</td>"
@@ -287,8 +326,8 @@ def cost_caption(
     return (
         f"<div style='max-width:1040px;font-size:15px'><b>{model}: {found.batch:,} texts at once, "
         f"{time_text(found.seconds)} a step</b> at least, {found.tokens_per_second:,.0f} tokens/s and "
-        f"{_money(found.cost_per_million(price))} dollars a million tokens at {price:.2f} dollars a GPU hour. A tenth "
-        "of the memory is left free; communication, prompts and idle time cost extra."
+        f"{_money(found.cost_per_million(price))} dollars a million tokens at {price:.2f} a GPU hour. "
+        "A tenth of the memory is left free; communication, prompts and idle time cost extra."
         f"<table><tr><th style='text-align:left'>phase of a step</th>{heads}</tr>{rows}</table></div>"
     )
 
@@ -307,10 +346,10 @@ def cost_calculator(model: str = "DeepSeek-V2", context: int = 4096) -> Explorer
         return ipywidgets.SelectionSlider(options=pairs, value=value, description=text, **about)
 
     def menu(options: Sequence[str], value: str, text: str) -> ipywidgets.Dropdown:
-        return ipywidgets.Dropdown(options=list(options), value=value, description=text, **about)
+        return ipywidgets.Dropdown(options=options, value=value, description=text, **about)
 
     controls = {
-        "model": menu(_models(), model, "model"),
+        "model": menu(list(_models()), model, "model"),
         "context": steps(CONTEXTS, context, "cached tokens a text", tokens_text),
         "batch": steps(BATCHES, LARGEST, "texts (batch)", lambda n: f"{n:,}" if n else "all that fit"),
         "price": ipywidgets.FloatSlider(
@@ -322,8 +361,8 @@ def cost_calculator(model: str = "DeepSeek-V2", context: int = 4096) -> Explorer
             readout_format=".2f",
             **about,
         ),
-        "weights": menu(WEIGHT_FORMATS, "fp8", "weights"),
-        "cache": menu(CACHE_FORMATS, "6 bits", "cache"),
+        "weights": menu(list(WEIGHT_FORMATS), "fp8", "weights"),
+        "cache": menu(list(CACHE_FORMATS), "6 bits", "cache"),
         "device": menu(devices, devices[-1], "GPU"),
         "gpus": steps(GPUS, 8, "how many"),
     }
