@@ -15,6 +15,7 @@ Source: DeepSeek-V2, arXiv 2405.04434, abstract, figure 1 and section 3.2.3; the
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -363,6 +364,15 @@ def _between(latent: bool, experts: bool) -> DSV2Config:
 def speedup(steps: Sequence[SpeedupStep]) -> float:
     """The product of all factors: how many times faster the last is than the first."""
     return math.prod(step.factor for step in steps)
+
+
+def factor_ranges(context: int = 4096, device: Device | None = None) -> dict[str, tuple[float, float]]:
+    """The smallest and the largest factor of each step over all 24 orders."""
+    factors: dict[str, list[float]] = {name: [] for name in STEPS}
+    for order in itertools.permutations(STEPS):
+        for step in speedup_steps(context, order, device)[1:]:
+            factors[step.name].append(step.factor)
+    return {name: (min(found), max(found)) for name, found in factors.items()}
 
 
 # ------------------------------------------------------------------------- against what was measured

@@ -53,6 +53,13 @@ from dsv2.viz.devices import (
     traffic_explorer,
 )
 from dsv2.viz.diagrams import chapters_here, course_map, model_diagram
+from dsv2.viz.economics import (
+    cost_calculator,
+    cost_figure,
+    predicted_measured,
+    speedup_by_context,
+    speedup_figure,
+)
 from dsv2.viz.experts import (
     Layout,
     expert_layouts,
@@ -142,6 +149,8 @@ __all__ = [
     "context_explorer",
     "context_figure",
     "convention_dots",
+    "cost_calculator",
+    "cost_figure",
     "course_map",
     "decode_roofline",
     "decode_work",
@@ -188,6 +197,7 @@ __all__ = [
     "playground_figure",
     "png",
     "position_losses",
+    "predicted_measured",
     "preference_maps",
     "published_cache",
     "rank_curves",
@@ -212,6 +222,8 @@ __all__ = [
     "score_panels",
     "simulate_balance",
     "sparsity_map",
+    "speedup_by_context",
+    "speedup_figure",
     "spread_losses",
     "spread_times",
     "starved",
