@@ -20,6 +20,7 @@ from dsv2.economics import (
 )
 from dsv2.published import measured_devices, published_devices, published_models
 from dsv2.viz import (
+    batch_curves,
     cost_calculator,
     cost_figure,
     describe,
@@ -86,6 +87,41 @@ def test_the_factors_by_context_are_drawn():
     assert set(lines["published"].get_ydata()) == {5.76}
     with pytest.raises(ValueError, match="1 contexts"):
         speedup_by_context({1024: 3.0})
+
+
+SAME = Deployment(DEVICES["H100 80GB, measured"], 8, "fp8", "6 bits")
+
+
+def runs_of(batches, context=4096) -> dict[str, list]:
+    return {
+        name: [decode_throughput(MODELS[name], context, SAME, batch) for batch in batches]
+        for name in (OLD, NEW)
+    }
+
+
+@pytest.mark.parametrize("context, batches", [(4096, (1, 8, 64, 512, 3000)), (65536, (1, 7, 60))])
+def test_speed_and_price_of_growing_batches_are_drawn(context, batches):
+    runs = runs_of(batches, context)
+    figure = batch_curves(runs, price=1.5)
+    readable(figure)
+    speeds, prices = figure.axes
+    for name, found in runs.items():
+        fitting = [run for run in found if run.memory.total <= SAME.room]
+        (curve,) = [line for line in speeds.lines if line.get_label() == name]
+        assert list(curve.get_xdata()) == [run.batch for run in fitting]
+        assert list(curve.get_ydata()) == pytest.approx([run.batch / run.seconds for run in fitting])
+        (curve,) = [line for line in prices.lines if line.get_label() == name]
+        assert list(curve.get_xdata()) == pytest.approx([1 / run.seconds for run in fitting])
+        dollars = [8 * 1.5 / 3600 * 1e6 * run.seconds / run.batch for run in fitting]
+        assert list(curve.get_ydata()) == pytest.approx(dollars)
+    assert "8 GPUs at 1.5 dollars" in describe(figure) and f"{context:,} cached" in describe(figure)
+
+
+def test_a_batch_that_does_not_fit_is_not_drawn():
+    figure = batch_curves(runs_of((512, 2048)), price=2.0)
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [1, 2]
+    with pytest.raises(ValueError, match="no batch that fits"):
+        batch_curves(runs_of((5000,)), price=2.0)
 
 
 @pytest.mark.parametrize("number", [1, 4, 16])

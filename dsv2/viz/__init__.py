@@ -54,6 +54,7 @@ from dsv2.viz.devices import (
 )
 from dsv2.viz.diagrams import chapters_here, course_map, model_diagram
 from dsv2.viz.economics import (
+    batch_curves,
     cost_calculator,
     cost_figure,
     predicted_measured,
@@ -134,6 +135,7 @@ __all__ = [
     "attention_intensity",
     "balance_explorer",
     "balance_outcomes",
+    "batch_curves",
     "benchmark_bars",
     "budget_explorer",
     "budget_figure",

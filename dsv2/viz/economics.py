@@ -30,6 +30,7 @@ from dsv2.published import Device, measured_devices, published_devices, publishe
 from dsv2.viz import style
 from dsv2.viz.cache import CONTEXTS, tokens_text
 from dsv2.viz.plots import human_bytes
+from dsv2.viz.published import COLOURS, MARKERS
 from dsv2.viz.roofline import time_text
 from dsv2.viz.style import BASE, INK, LINE, SMALL, finish, label, margins, new_axes, new_figure
 from dsv2.viz.widgets import Explorer, in_columns
@@ -132,6 +133,56 @@ def speedup_by_context(
     label(ax, "cached tokens of each text", "times DeepSeek 67B's tokens/s")
     said = ", ".join(f"{context:,}: {factor:.2f}" for context, factor in factors.items())
     return finish(ax, f"Times DeepSeek 67B's tokens a second by the model, by cached tokens: {said}.")
+
+
+def batch_curves(runs: Mapping[str, Sequence[Throughput]], price: float) -> Figure:
+    """What a larger batch brings and costs: tokens a second of all texts, and the price against one reader's.
+
+    runs: by model, decoding steps of growing batches; those that do not fit are left out. price: of an hour
+    of one device, in dollars. Raises ValueError where nothing fits.
+    """
+    fitting = {name: [run for run in found if run.fits] for name, found in runs.items()}
+    fitting = {name: found for name, found in fitting.items() if found}
+    if not fitting:
+        raise ValueError("runs has no batch that fits; there must be one or more")
+    figure = new_figure(10.8, 4.9)
+    speeds, prices = figure.subplots(1, 2)
+    margins(figure, left=1.2, right=0.35, bottom=0.8, top=0.6, wspace=0.32)
+    for panel in (speeds, prices):
+        style.style_axes(panel)
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+    said = []
+    for name, found in fitting.items():
+        look = {"color": COLOURS.get(name, style.PURPLE), "marker": MARKERS.get(name, "o"), "label": name}
+        look |= {"linewidth": LINE, "ms": 7}
+        speeds.plot([run.batch for run in found], [run.tokens_per_second for run in found], **look)
+        readers = [1 / run.seconds for run in found]
+        costs = [run.cost_per_million(price) for run in found]
+        prices.plot(readers, costs, **look)
+        ends = (
+            f"batch {run.batch:,}: {run.tokens_per_second:,.0f} tokens/s, {_money(cost)} dollars"
+            for run, cost in ((found[0], costs[0]), (found[-1], costs[-1]))
+        )
+        said.append(f"{name}, {'; '.join(ends)}")
+    for panel in (speeds, prices):
+        for axis in (panel.xaxis, panel.yaxis):
+            wide = axis is speeds.xaxis  # four decades
+            axis.set_major_locator(LogLocator(10.0, subs=(1,) if wide else (1, 3)))
+            axis.set_minor_locator(NullLocator())
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        panel.margins(x=0.06, y=0.08)
+    context, devices = (getattr(next(iter(fitting.values()))[0], what) for what in ("context", "devices"))
+    label(speeds, "texts at once (batch)", "tokens/s at most, all texts")
+    label(prices, "tokens/s at most of one reader", "dollars a million tokens")
+    figure.legend(
+        handles=speeds.lines, loc="upper left", ncol=len(fitting), fontsize=BASE, frameon=False,
+        bbox_to_anchor=(0.08, 1.0), columnspacing=1.8,
+    )  # fmt: skip
+    return finish(
+        figure, f"{devices} GPUs at {price:g} dollars an hour each, {context:,} cached tokens a text. "
+        f"{'; '.join(said)}.",
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ predicted and measured
