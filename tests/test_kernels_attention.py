@@ -347,7 +347,7 @@ def test_importing_needs_no_triton():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_grouped_attention_is_a_case_of_it(dtype):
-    """Values as latents, keys as rotary keys, queries zero on the latents: GQA, as `GroupedStepLayer` runs."""
+    """Values as latents, keys as rotary keys, queries zero on the latents: that is GQA."""
     batch, groups, each, slots, width = 3, 2, 5, 70, 24
     generator = torch.Generator().manual_seed(1)
 
