@@ -15,6 +15,7 @@ Source: DeepSeek-V2, arXiv 2405.04434, abstract, figure 1 and section 3.2.3; the
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
@@ -501,7 +502,11 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    argparse.ArgumentParser(
+        prog="python -m dsv2.economics",
+        description="DeepSeek-V2's headline numbers from configs: cache, GPU hours, decoding speed.",
+    ).parse_args(arguments)
     print(report())
     return 0
 

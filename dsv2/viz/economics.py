@@ -390,7 +390,7 @@ def cost_calculator(model: str = "DeepSeek-V2", context: int = 4096) -> Explorer
     if context not in CONTEXTS:
         raise ValueError(f"context={context} must be one of {', '.join(map(str, CONTEXTS))}")
     devices = list(calculator_devices())
-    about = {"style": {"description_width": "130px"}, "layout": ipywidgets.Layout(width="430px")}
+    about = {"style": {"description_width": "125px"}, "layout": ipywidgets.Layout(width="400px")}
 
     def steps(options: Sequence[int], value: int, text: str, show=str) -> ipywidgets.SelectionSlider:
         pairs = [(show(option), option) for option in options]
@@ -401,7 +401,7 @@ def cost_calculator(model: str = "DeepSeek-V2", context: int = 4096) -> Explorer
 
     controls = {
         "model": menu(list(_models()), model, "model"),
-        "context": steps(CONTEXTS, context, "cached tokens a text", tokens_text),
+        "context": steps(CONTEXTS, context, "cached tokens", tokens_text),
         "batch": steps(BATCHES, LARGEST, "texts (batch)", lambda n: f"{n:,}" if n else "all that fit"),
         "price": ipywidgets.FloatSlider(
             2.0,
