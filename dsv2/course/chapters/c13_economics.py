@@ -950,16 +950,14 @@ CHEAPEST_BATCH = Exercise(
     minutes=10,
     answer=priced(),
     cases=(
-        Case("batches of 1 to 512, patient readers: 0.5 tokens a second", prices(READERS, 0.5, 2.0, 8)),
+        Case("batches of 1 to 512, 0.5 tokens a second", prices(READERS, 0.5, 2.0, 8)),
         Case(
-            "the same, 16 tokens a second, of which 128 texts get just as many", prices(READERS, 16.0, 2.5, 3)
+            "batches of 1 to 512, 16 tokens a second, which 128 texts just get", prices(READERS, 16.0, 2.5, 3)
         ),
-        Case("the same, 7 tokens a second", prices(READERS, 7.0, 2.5, 3)),
-        Case(
-            "the same, from the largest to the smallest", prices(sorted(READERS, reverse=True), 30.0, 1.5, 5)
-        ),
-        Case("60 tokens a second, more than any batch gives", prices(READERS, 60.0, 2.0, 4)),
-        Case("5,000 tokens a second", prices(READERS, 5000.0, 2.0, 4)),
+        Case("batches of 1 to 512, 7 tokens a second", prices(READERS, 7.0, 2.5, 3)),
+        Case("batches of 512 to 1, 30 tokens a second", prices(sorted(READERS, reverse=True), 30.0, 1.5, 5)),
+        Case("batches of 1 to 512, 60 tokens a second, more than any gives", prices(READERS, 60.0, 2.0, 4)),
+        Case("batches of 1 to 512, 5,000 tokens a second", prices(READERS, 5000.0, 2.0, 4)),
         Case(
             "two batches equally cheap, the larger one first",
             prices((40, 20, 10), 1.0, 3.0, 2, {40: 0.1, 20: 0.05, 10: 0.04}),
