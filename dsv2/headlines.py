@@ -8,7 +8,9 @@ and from the formulas of `dsv2.accounting`; nothing is measured here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dsv2 import accounting
@@ -344,5 +346,15 @@ def _digits(value: float | int | None) -> str:
     return f"{value:.10g}"
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dsv2.headlines",
+        description="The published figures of DeepSeek-V2 recomputed, each with its convention.",
+    )
+    parser.parse_args(arguments)
     print(headline_table(headlines()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
