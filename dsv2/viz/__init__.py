@@ -56,6 +56,7 @@ from dsv2.viz.diagrams import chapters_here, course_map, model_diagram
 from dsv2.viz.economics import (
     cost_calculator,
     cost_figure,
+    miniature_figure,
     predicted_measured,
     speedup_by_context,
     speedup_figure,
@@ -175,6 +176,7 @@ __all__ = [
     "mean_grids",
     "memory_bars",
     "message_drawing",
+    "miniature_figure",
     "model_diagram",
     "needle_heatmaps",
     "online_softmax_explorer",
