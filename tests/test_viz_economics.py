@@ -24,6 +24,7 @@ from dsv2.viz import (
     cost_calculator,
     cost_figure,
     describe,
+    miniature_figure,
     predicted_measured,
     speedup_by_context,
     speedup_figure,
@@ -143,6 +144,36 @@ def test_a_planted_share_is_written():
     assert {"75%", "50%"} <= {text.get_text() for text in texts_of(figure)}
     with pytest.raises(ValueError, match="empty"):
         predicted_measured([])
+
+
+def miniature() -> dict:
+    """A report as the benchmark writes it, of numbers made up here."""
+    speeds = {
+        "dense, GQA": {1: (90, 140), 8: (650, 900), 71: (2100, 2900)},
+        "V2-Lite's shape": {1: (380, 600), 8: (1100, 1400), 128: (6000, 8000), 256: (9000, 12100)},
+    }
+    rows = [
+        {"model": name, "batch": batch, "tokens_per_second": measured, "predicted": predicted}
+        for name, points in speeds.items()
+        for batch, (measured, predicted) in points.items()
+    ]
+    return {
+        "results": rows,
+        "context": 4096,
+        "device": "none",
+        "ratio": {"measured": 4.29, "predicted": 4.17},
+    }
+
+
+def test_the_miniature_is_what_the_report_says():
+    figure = miniature_figure(miniature())
+    readable(figure)
+    lines = {line.get_label(): dict(zip(*line.get_data())) for line in figure.axes[0].lines}
+    assert lines["dense, GQA"] == {1: 90, 8: 650, 71: 2100}
+    assert lines["limit, V2-Lite's shape"] == {1: 600, 8: 1400, 128: 8000, 256: 12100}
+    assert "x4.29 measured" in describe(figure)
+    with pytest.raises(ValueError, match="dsv2.bench economics"):
+        miniature_figure({**miniature(), "results": []})
 
 
 # --------------------------------------------------------------------------------------------- the calculator

@@ -136,7 +136,7 @@ class GroupedStepLayer(StepLayer):
             store[step.rows, step.slots] = kept
         q = q.reshape(-1, heads // groups, width)  # (B groups, heads of a group, channels)
         keys, values = (part.transpose(1, 2).flatten(0, 1) for part in (keys, values))
-        lengths = step.filled.repeat_interleave(groups)
+        lengths = step.filled[:, None].expand(-1, groups).reshape(-1)
         mixed = mla_decode(torch.zeros_like(q), q, values, keys, lengths, attention.scale)
         return linear(mixed.reshape(len(x), heads * width), attention.w_o.weight, residual=x)
 

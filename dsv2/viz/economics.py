@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
+from typing import Any
 
 import ipywidgets
 from matplotlib.axes import Axes
@@ -236,6 +238,51 @@ def _short(what: str) -> str:
     return (
         what.replace(" cached tokens", " tokens").replace("a step of ", "").replace("attention, ", "attn., ")
     )
+
+
+def miniature_figure(report: Mapping[str, Any]) -> Figure:
+    """Tokens a second by batch of the two models of `python -m dsv2.bench economics`: measured, predicted.
+
+    report: what it wrote (`dsv2.bench.economics.load`). Raises ValueError if it holds no rows.
+    """
+    rows = report["results"]
+    if not rows:
+        raise ValueError("the report has no results; run `python -m dsv2.bench economics` on a GPU")
+    ax = new_axes(None, 10.4, 5.0, grid="both", left=1.2, right=2.5, bottom=0.8, top=0.6)
+    names, said = list(dict.fromkeys(row["model"] for row in rows)), []
+    for name, colour in zip(names, (style.GREY, style.VERMILLION)):
+        here = sorted(
+            (row["batch"], row["tokens_per_second"], row["predicted"]) for row in rows if row["model"] == name
+        )
+        batches, measured, predicted = zip(*here)
+        ax.plot(
+            batches, predicted, color=colour, linewidth=2.0, linestyle=(0, (4, 2)), label=f"limit, {name}"
+        )
+        ax.plot(batches, measured, "o-", color=colour, linewidth=LINE, ms=9, label=name)
+        ax.annotate(
+            f"{name}:\n{measured[-1]:,.0f} at {batches[-1]:,}", (batches[-1], measured[-1]),
+            xytext=(14, 0), textcoords="offset points", va="center", fontsize=BASE, fontweight="bold",
+            color=style.ink(colour), annotation_clip=False,
+        )  # fmt: skip
+        said.append(
+            f"{name} {measured[-1]:,.0f} measured and {predicted[-1]:,.0f} predicted at batch {batches[-1]}"
+        )
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    every = [row[kind] for row in rows for kind in ("tokens_per_second", "predicted")]
+    ax.set_ylim(min(every) / 1.5, max(every) * 1.5)
+    ax.set_xticks(sorted({2 ** round(math.log2(row["batch"])) for row in rows}))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_minor_locator(NullLocator())
+    label(ax, f"texts (batch), {report['context']:,} tokens each; dashed: the limit", "tokens/s")
+    both = report["ratio"]
+    if both:
+        ratio = f"largest batches: x{both['measured']:.2f} measured, x{both['predicted']:.2f} by the limits"
+        ax.set_title(ratio, fontsize=BASE, color=INK, loc="left", pad=10)
+        said.append(ratio)
+    return finish(ax, f"{report['device']}. {'; '.join(said)}.")
 
 
 # ----------------------------------------------------------------------------------------- the calculator
