@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 import dsv2.economics
-from dsv2 import accounting, headlines
+from dsv2 import accounting, headlines, viz
 from dsv2.bench import economics as miniature
 from dsv2.course import mine
 from dsv2.course.chapters import c13_economics as chapter
@@ -201,6 +201,10 @@ def test_the_page_shows_a_measured_run_if_there_is_one(there, monkeypatch, capsy
         "ratio": {"measured": 4.0, "predicted": 4.1},
     }  # fmt: skip
     monkeypatch.setattr(miniature, "load", lambda: report if there else None)
-    exec(cell_with("miniature.load()"), {"miniature": miniature})
+    shown: list = []
+    names = {"miniature": miniature, "viz": viz, "display": shown.append}
+    exec(cell_with("miniature.load()"), names)
+    exec(cell_with("miniature_figure"), names)
+    assert ["x4.00 measured" in viz.describe(figure) for figure in shown] == [True] * there
     said = capsys.readouterr().out
     assert ("x4.00 measured" in said) == there and ("nothing has been measured" in said) != there
