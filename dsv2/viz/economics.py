@@ -250,6 +250,7 @@ def miniature_figure(report: Mapping[str, Any]) -> Figure:
         raise ValueError("the report has no results; run `python -m dsv2.bench economics` on a GPU")
     ax = new_axes(None, 10.4, 5.0, grid="both", left=1.2, right=2.5, bottom=0.8, top=0.6)
     names, said = list(dict.fromkeys(row["model"] for row in rows)), []
+    widest = max(row["batch"] for row in rows)  # a shorter curve's name stands below the other curve
     for name, colour in zip(names, (style.GREY, style.VERMILLION)):
         here = sorted(
             (row["batch"], row["tokens_per_second"], row["predicted"]) for row in rows if row["model"] == name
@@ -261,8 +262,8 @@ def miniature_figure(report: Mapping[str, Any]) -> Figure:
         ax.plot(batches, measured, "o-", color=colour, linewidth=LINE, ms=9, label=name)
         ax.annotate(
             f"{name}:\n{measured[-1]:,.0f} at {batches[-1]:,}", (batches[-1], measured[-1]),
-            xytext=(14, 0), textcoords="offset points", va="center", fontsize=BASE, fontweight="bold",
-            color=style.ink(colour), annotation_clip=False,
+            xytext=(14, 0), textcoords="offset points", va="center" if batches[-1] == widest else "top",
+            fontsize=BASE, fontweight="bold", color=style.ink(colour), annotation_clip=False,
         )  # fmt: skip
         said.append(
             f"{name} {measured[-1]:,.0f} measured and {predicted[-1]:,.0f} predicted at batch {batches[-1]}"
