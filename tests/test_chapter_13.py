@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dsv2 import accounting, headlines, viz
 from dsv2.bench import economics as miniature
 from dsv2.course import mine
 from dsv2.course.chapters import c13_economics as chapter
+from dsv2.course.judge import judge
 from dsv2.economics import (
     PUBLISHED_SPEED,
     Deployment,
@@ -42,6 +44,62 @@ def test_exercise_13_5_is_the_package_s_own_step(case):
         arguments["cfg"], arguments["context"], arguments["deployment"], arguments["batch"]
     )
     assert chapter.STEP_SECONDS.answer(**arguments) == pytest.approx(step.seconds, rel=1e-12)
+
+
+def summed_fits(cfg, published, activated=True):
+    counts = accounting.parameters(cfg, activated).conventions()
+    places = len(published.split(".")[1]) if "." in published else 0
+    return [name for name in counts if round(counts[name] / 1e9, places) == float(published)]
+
+
+def bill_by_halves(hours, flops, rate, trillions, price):
+    (before, after), (their, our) = hours, flops
+    return {
+        "cost": price * trillions * after,
+        "whole run": trillions * after,
+        "share of the rate": our * 1e12 / after / 3600 / rate,
+        "hours by FLOPs alone": our / (their / before),
+        "hours saved": (before - after) / before,
+    }
+
+
+def counted_up(cfg, context, deployment):
+    free = deployment.room - accounting.parameters(cfg).total * deployment.weight_bits / 8
+    return max(
+        0, math.floor(free * 8 / deployment.cache_bits / accounting.kv_elements_per_token(cfg) / context)
+    )
+
+
+ALTERNATIVES = {
+    "saving by bytes": (
+        chapter.CACHE_SAVING,
+        lambda cfg, other, form="6 bits", other_form="bf16": (
+            1
+            - accounting.kv_bytes_per_token(cfg, dsv2.economics.storage_bits(form))
+            / accounting.kv_bytes_per_token(other, dsv2.economics.storage_bits(other_form))
+        ),
+    ),
+    "rounded numbers": (chapter.CONVENTIONS_THAT_FIT, summed_fits),
+    "bill in another order": (chapter.TRAINING_BILL, bill_by_halves),
+    "batch by elements": (chapter.LARGEST_BATCH, counted_up),
+    "batch as a float": (chapter.LARGEST_BATCH, lambda *args, **named: float(counted_up(*args, **named))),
+    "the package's step": (
+        chapter.STEP_SECONDS,
+        lambda cfg, context, batch, deployment: decode_throughput(cfg, context, deployment, batch).seconds,
+    ),
+    "a list of candidates": (
+        chapter.CHEAPEST_BATCH,
+        lambda seconds, batches, least, price, devices: min(
+            ((b, devices * price * seconds(b) / b * 1e6 / 3600) for b in batches if 1 / seconds(b) >= least),
+            key=lambda pair: pair[1], default=None,
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("exercise, answer", ALTERNATIVES.values(), ids=ALTERNATIVES)
+def test_another_right_answer_passes(exercise, answer):
+    assert judge(exercise, answer).status == "passed"
 
 
 def test_both_limits_occur_in_the_cases_of_13_5():
@@ -117,6 +175,7 @@ def quoted() -> dict[str, str]:
     one = {name: cost(name, batch=1).tokens_per_second for name in served}
     checks = check_decoding()
     short = [check.share for check in check_attention() if check.measured > 1e-4]
+    prompts = dsv2.economics.prefill_speed(MODELS["DeepSeek-V2"], 4096, served["DeepSeek-V2"])
     ratios = [speedup(speedup_steps(context)) for context in (512, 65536)]
     sparse = {row.model: row for row in published_numbers().sparse_models}
     work = headlines.training_compute()
@@ -151,6 +210,7 @@ def quoted() -> dict[str, str]:
         "one text": f"{one['DeepSeek-V2'] / one['DeepSeek 67B']:.1f} times as high",
         "fp8 cache": f"{cost('DeepSeek-V2', cache='fp8').batch:,} texts or {eight.batch:,}, and "
         f"{cost('DeepSeek-V2', cache='fp8').tokens_per_second:,.0f} tokens per second in both",
+        "prompts": f"100K would be {100e3 / prompts:.0%}".replace("%", " %"),
         "GLaM": f"GLaM does ({sparse['GLaM'].least_activated_b / 12:.0f} %)",
     }
 
