@@ -226,6 +226,20 @@ def test_dense_models_cost_the_same_at_32_texts():
     assert f"{dense:.2f}" == f"{llama:.2f}" == "0.50"
 
 
+def test_the_readme_counts_the_figures_that_are_recomputed():
+    printed = [found for found in headlines.headlines() if not found.derived]
+    assert all(found.agrees for found in printed)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{len(printed)} published figures, recomputed" in readme
+    (said,) = [
+        o.text
+        for c in PAGE.cells
+        for o in c.get("outputs", ())
+        if "digits that are printed" in o.get("text", "")
+    ]
+    assert said.startswith(f"{len(printed)} of {len(printed)} agree")
+
+
 def test_every_claim_has_a_cell_that_checks_it():
     code = "\n".join(c.source for c in PAGE.cells if c.cell_type == "code")
     checked = re.findall(r'verdict\(\s*"([^"]+)"', code)
