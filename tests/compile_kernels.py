@@ -172,6 +172,11 @@ def attention_builds(capability: int) -> Iterator[Build]:
             }
             name = f"split, {dtype}, {'paged' if paged else 'contiguous'}, tiles of {blocks.tile}"
             yield Build(name, attention.split_kernel, constants, types, blocks.warps, odd)
+    blocks = attention.choose_blocks(128, 128, 2, SHARED_MEMORY[capability])  # GQA, 64 texts of 8 groups
+    constants = {"SEQUENCES": 512, "HEADS": blocks.heads, "TILE": blocks.tile, "WIDTH": 128, "ROPE": 128}
+    constants |= {"PAGED": False, "STAGES": blocks.stages_of(False), "EVEN": True, "OVERLAP": 0}
+    types = pointers | {"scale_log2": "fp32"}
+    yield Build("split, GQA", attention.split_kernel, constants, types, blocks.warps, odd)
     for batch, parts in ((1, 32), (128, 64)):
         constants = attention.choose_combine_blocks(batch, 128, 512, parts, 132) | {
             "SEQUENCES": 128,

@@ -33,6 +33,9 @@ CONFIGS = {
     "glam": SIZES | dict(router="glam", num_experts_per_tok=2, n_shared_experts=0, routed_scaling_factor=4.0),
     "mixtral": SIZES | dict(router="mixtral", num_experts_per_tok=2),
     "dense": SIZES | dict(router="dense", num_experts_per_tok=8, norm_topk_prob=True),
+    "mha": SIZES | dict(attention="mha", head_dim=10),
+    "gqa": SIZES | dict(attention="gqa", num_attention_heads=6, num_key_value_heads=2, head_dim=10),
+    "mqa, dense": SIZES | dict(attention="mqa", head_dim=14, n_routed_experts=0, n_shared_experts=0),
     "low rank": SIZES | dict(topk_method="greedy", q_lora_rank=18, norm_topk_prob=True, n_shared_experts=0),
 }
 
@@ -47,6 +50,11 @@ def graphs_everywhere(monkeypatch):
     """On a CPU the step runs uncaptured, on the references."""
     if DEVICE == "cpu":
         monkeypatch.setattr(loop, "why_not", lambda model, batch, cache=None: None)
+
+
+def stored(cache) -> list[torch.Tensor]:
+    """What a cache holds: (layers, batch, tokens, ...)."""
+    return [cache.entries] if hasattr(cache, "entries") else [cache.keys, cache.values]
 
 
 def tokens_of(loop_function, model, prompts=PROMPTS, count=12, sampling=GREEDY, eos=None, cache=None):
@@ -69,8 +77,8 @@ def test_graphs_equal_the_eager_loop(name):
     assert slow[-1].cache.lengths.tolist() == fast[-1].cache.lengths.tolist()
     assert fast[-1].cache.longest == slow[-1].cache.longest
     for b, length in enumerate(slow[-1].cache.lengths.tolist()):
-        kept = [step.cache.entries[:, b, :length] for step in (slow[-1], fast[-1])]
-        torch.testing.assert_close(*kept, atol=1e-4, rtol=1e-4)
+        for kept in zip(stored(slow[-1].cache), stored(fast[-1].cache)):
+            torch.testing.assert_close(*(part[:, b, :length] for part in kept), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -84,14 +92,14 @@ def test_a_step_equals_the_model(name):
         model(prompts, cache=each, attention_mask=mask)
     active = torch.tensor([1, 0, 1], dtype=torch.int32, device=DEVICE)
     new = torch.tensor([3, 1, 6], device=DEVICE)
-    before = cache.entries[:, 1].clone()
+    before = [part[:, 1].clone() for part in stored(cache)]
     logits, _ = StepModel(model)(new, active, cache)
     expected = model(new[:, None], cache=other, attention_mask=active[:, None]).logits[:, -1]
     going = active.bool()
     # Float32, and sums in another order; the logits are of order 1 to 10.
     torch.testing.assert_close(logits[going], expected[going], atol=2e-4, rtol=1e-4)
     assert cache.lengths.tolist() == other.lengths.tolist() == [6, 2, 4]
-    assert torch.equal(cache.entries[:, 1], before)
+    assert all(torch.equal(part[:, 1], old) for part, old in zip(stored(cache), before))
 
 
 def test_ends_of_text_growth_reset_and_other_batches():
@@ -209,3 +217,21 @@ def test_what_graphs_cannot_do_is_said():
     assert "larger than 256" in why_not(model, 257)
     model.layers[0].attention.form = "expanded"
     assert "by hand" in why_not(model, 1)
+
+
+@pytest.mark.parametrize("name", ["gqa", "mqa, dense"])
+def test_a_larger_batch_than_a_dense_network_takes_at_once(name):
+    """20 texts: of a model without experts, the networks are products as any other."""
+    model = make_model(name)
+    prompts = [[1 + n, 7, 2 * n + 3][: 1 + n % 3] for n in range(20)]
+    expected = tokens_of(loop.decode_step_by_step, model, prompts, 4)[0]
+    assert tokens_of(loop.decode_with_graphs, model, prompts, 4)[0] == expected
+
+
+def test_heads_of_a_cache_read_like_sequences():
+    """The kernel takes views: nothing is copied to put the groups in the place of sequences."""
+    cache = make_model("gqa").new_cache(4, 9)
+    for part in (cache, cache.first(3)):
+        for x in (part.keys[1], part.values[1]):
+            flat = x.transpose(1, 2).flatten(0, 1)
+            assert flat.data_ptr() == x.data_ptr() and flat.shape == (2 * part.batch, 9, 10)

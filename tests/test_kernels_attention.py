@@ -343,3 +343,32 @@ def test_importing_needs_no_triton():
     )
     root = Path(attention.__file__).parents[2]
     subprocess.run([sys.executable, "-c", program], check=True, cwd=root)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grouped_attention_is_a_case_of_it(dtype):
+    """Values as latents, keys as rotary keys, queries zero on the latents: that is GQA."""
+    batch, groups, each, slots, width = 3, 2, 5, 70, 24
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+    q, keys, values = (
+        normal(batch, groups * each, width),
+        *(normal(batch, groups, slots, width) for _ in "kv"),
+    )
+    lengths = torch.tensor([70, 1, 33], dtype=torch.int32, device=DEVICE)
+    flat = [part.flatten(0, 1) for part in (values, keys)]
+    q_groups = q.reshape(-1, each, width)
+    arguments = (torch.zeros_like(q_groups), q_groups, *flat, lengths.repeat_interleave(groups), width**-0.5)
+    runs = [mla_decode(*arguments)]
+    for kernel in (SMALL, choose_blocks(width, width, keys.element_size(), 99 * 1024)):
+        runs.append(attention.run_kernel(kernel, *arguments))
+    for b, length in enumerate(lengths.tolist()):
+        k, v = (part[b, :, :length].double().repeat_interleave(each, 0) for part in (keys, values))
+        scores = torch.einsum("hd,hsd->hs", q[b].double(), k) * width**-0.5
+        expected = torch.einsum("hs,hsd->hd", scores.softmax(-1), v)
+        for out in runs:
+            found = out.view(batch, groups * each, width)[b].double()
+            assert (found - expected).abs().max() < 10 * TOLERANCE[dtype], (b, out.shape)

@@ -261,7 +261,8 @@ class LatentCache(Cache):
 class KVCache(Cache):
     """Full keys and values of every past token: 2 * kv_heads * head_dim numbers a token and layer.
 
-    keys, values: (layers, batch, max_tokens, kv_heads, head_dim); keys are rotated already.
+    keys, values: (layers, batch, max_tokens, kv_heads, head_dim); keys are rotated already. In memory the
+    tokens of one head stand together, so that a head of a sequence reads like a sequence of its own.
     """
 
     def __init__(
@@ -273,8 +274,8 @@ class KVCache(Cache):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__(cfg.num_hidden_layers, batch, max_tokens, device)
-        shape = (2, self.layers, batch, max_tokens, cfg.kv_heads, cfg.baseline_head_dim)
-        self.keys, self.values = torch.zeros(shape, device=device, dtype=dtype).unbind(0)
+        shape = (2, self.layers, batch, cfg.kv_heads, max_tokens, cfg.baseline_head_dim)
+        self.keys, self.values = torch.zeros(shape, device=device, dtype=dtype).transpose(3, 4).unbind(0)
 
     def append(
         self,
@@ -285,6 +286,13 @@ class KVCache(Cache):
     ) -> tuple[Float[Tensor, "batch keys kv_heads head_dim"], Float[Tensor, "batch keys kv_heads head_dim"]]:
         """Write a span of one layer; returns everything that layer now holds."""
         return self._put(self.keys[layer], keys, span), self._put(self.values[layer], values, span)
+
+    def first(self, sequences: int) -> KVCache:
+        """The first so many sequences of this cache, as a cache of their own in the same memory."""
+        part = copy.copy(self)
+        part.batch, part.lengths = sequences, self.lengths[:sequences]
+        part.keys, part.values = (x[:, :sequences] for x in (self.keys, self.values))
+        return part
 
     def _clear(self) -> None:
         self.keys.zero_()

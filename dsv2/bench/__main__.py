@@ -11,6 +11,7 @@ BENCHMARKS = {
     "context": "needles in texts longer than the trained ones: RoPE, interpolation, YaRN",
     "decode": "attention over the latent cache: our kernels, their peers and the hardware's limit",
     "device-limit": "small models trained with tokens limited to 1 to 8 devices",
+    "economics": "the largest batch of a dense and of a V2-Lite-shaped model, against the model's limits",
     "generate": "decoding and prefill of a V2-Lite-shaped model against transformers and the limit",
     "moe": "a layer of experts against transformers and the limit",
     "model": "training, prefill and decoding of a whole model against transformers",

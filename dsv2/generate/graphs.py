@@ -13,32 +13,35 @@ from __future__ import annotations
 import os
 import weakref
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from dsv2.attention import LatentCache, new_cache
+from dsv2.attention import Cache, new_cache
 from dsv2.attention.mla import LATENT_NORM_EPS
+from dsv2.config import DSV2Config
 from dsv2.kernels import mla_decode
 from dsv2.kernels.backend import kernel_problem
 from dsv2.kernels.experts import experts_few, norm_route
 from dsv2.kernels.step import absorb_append, add_norm, heads_linear, linear
+from dsv2.layers import swiglu
 from dsv2.model import Block, DeepSeekV2
 from dsv2.moe import DeepSeekMoE, Routing
 from dsv2.moe.layer import routing_choice
+from dsv2.rope import rotate_pairs
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # a batch in between is filled up with empty sequences
+DENSE_TOKENS = 16  # in a model without experts, from here on its networks are products as any other
 ROOM = 1024  # a static cache's size is a multiple of this, so that a slightly longer text needs no new graph
 
 
-def why_not(model: DeepSeekV2, batch: int, cache: LatentCache | None = None) -> str | None:
+def why_not(model: DeepSeekV2, batch: int, cache: Cache | None = None) -> str | None:
     """Why this model is decoded step by step from Python, as a sentence; None: through graphs."""
     problem = kernel_problem(model.embed.weight.device)
     if problem is not None:
         return problem
-    if model.cfg.attention != "mla":
-        return f"attention={model.cfg.attention!r} has no kernel; only 'mla' has"
-    if any(block.attention.form != "auto" for block in model.layers):
+    if model.cfg.attention == "mla" and any(block.attention.form != "auto" for block in model.layers):
         return "a layer's form of attention was chosen by hand"
     if "DSV2_IMPL" in os.environ:
         return "functions of the model have been replaced (DSV2_IMPL)"
@@ -55,11 +58,8 @@ def why_not(model: DeepSeekV2, batch: int, cache: LatentCache | None = None) -> 
 class StepLayer:
     """One block's weights as a decode step takes them; products of the same input are one matrix."""
 
-    def __init__(self, block: Block):
-        attention, cfg = block.attention, block.attention.cfg
-        self.block, self.attention, self.cfg = block, attention, cfg
-        first = attention.w_q if cfg.q_lora_rank is None else attention.w_dq
-        self.w_in = torch.cat((first.weight, attention.w_dkv.weight)).detach()
+    def __init__(self, block: Block, cfg: DSV2Config):
+        self.block, self.attention, self.cfg = block, block.attention, cfg
         self.choice = None
         if isinstance(block.ffn, DeepSeekMoE):
             self.choice = routing_choice(block.ffn.cfg)
@@ -67,7 +67,33 @@ class StepLayer:
             self.w_gate_up, self.w_down = block.ffn.w_gate_up.weight[None], block.ffn.w_down.weight[None]
 
     def attend(self, x: Tensor, normed: Tensor, step: Step) -> Tensor:
-        """x + attention(normed), and the token's latent and rotary key appended to the cache."""
+        """x + attention(normed), and what the token leaves in the cache appended to it."""
+        raise NotImplementedError
+
+    def feed_forward(self, x: Tensor, step: Step) -> Tensor:
+        """What is still to be added to x: (B, summands, D), float32. Routers leave their choice in `step`."""
+        norm, ffn = self.block.ffn_norm, self.block.ffn
+        if self.choice is None:
+            _, normed = add_norm(x, None, norm.weight, norm.eps)
+            if not self.cfg.moe_layers and len(x) > DENSE_TOKENS:
+                inner = swiglu(linear(normed, ffn.w_gate_up.weight))
+                return linear(inner, ffn.w_down.weight)[:, None]
+            return experts_few(normed, step.only_expert, step.full_weight, self.w_gate_up, self.w_down)
+        shared = () if ffn.shared is None else (ffn.shared.w_gate_up.weight, ffn.shared.w_down.weight)
+        normed, *chosen = norm_route(x, norm.weight, norm.eps, ffn.router.weight, self.choice, step.arrivals)
+        step.chosen.append(chosen)
+        return experts_few(normed, *chosen[:2], ffn.experts.w_gate_up, ffn.experts.w_down, *shared)
+
+
+class LatentStepLayer(StepLayer):
+    """A block with MLA, in its absorbed form."""
+
+    def __init__(self, block: Block, cfg: DSV2Config):
+        super().__init__(block, cfg)
+        first = self.attention.w_q if cfg.q_lora_rank is None else self.attention.w_dq
+        self.w_in = torch.cat((first.weight, self.attention.w_dkv.weight)).detach()
+
+    def attend(self, x: Tensor, normed: Tensor, step: Step) -> Tensor:
         cfg, attention = self.cfg, self.attention
         projected = linear(normed, self.w_in)
         cached = cfg.kv_lora_rank + cfg.qk_rope_head_dim
@@ -84,23 +110,42 @@ class StepLayer:
         mixed = mla_decode(q_latent, q_rope, latent, k_rope, step.filled, attention.scale)
         return linear(heads_linear(mixed, attention.w_uv).flatten(1), attention.w_o.weight, residual=x)
 
-    def feed_forward(self, x: Tensor, step: Step) -> Tensor:
-        """What is still to be added to x: (B, summands, D), float32. Routers leave their choice in `step`."""
-        norm, ffn = self.block.ffn_norm, self.block.ffn
-        if self.choice is None:
-            _, normed = add_norm(x, None, norm.weight, norm.eps)
-            return experts_few(normed, step.only_expert, step.full_weight, self.w_gate_up, self.w_down)
-        shared = () if ffn.shared is None else (ffn.shared.w_gate_up.weight, ffn.shared.w_down.weight)
-        normed, *chosen = norm_route(x, norm.weight, norm.eps, ffn.router.weight, self.choice, step.arrivals)
-        step.chosen.append(chosen)
-        return experts_few(normed, *chosen[:2], ffn.experts.w_gate_up, ffn.experts.w_down, *shared)
+
+class GroupedStepLayer(StepLayer):
+    """A block with MHA, GQA or MQA, through the kernel that was made for MLA.
+
+    To `mla_decode` a token is a pair: a latent, which is scored and mixed, and a rotary key, which is only
+    scored. With a group's values as latents, its keys as rotary keys, and queries that are zero where they
+    meet the latents, it computes softmax(scale q k^T) v. Groups stand in the place of sequences.
+    """
+
+    def __init__(self, block: Block, cfg: DSV2Config):
+        super().__init__(block, cfg)
+        attention = self.attention
+        self.w_in = torch.cat([w.weight for w in (attention.w_q, attention.w_k, attention.w_v)]).detach()
+
+    def attend(self, x: Tensor, normed: Tensor, step: Step) -> Tensor:
+        cfg, attention = self.cfg, self.attention
+        heads, groups, width = cfg.num_attention_heads, cfg.kv_heads, cfg.baseline_head_dim
+        projected = linear(normed, self.w_in).unflatten(1, (heads + 2 * groups, width))
+        turned = rotate_pairs(projected[:, : heads + groups], step.cos, step.sin)
+        q, new_keys, new_values = turned[:, :heads], turned[:, heads:], projected[:, -groups:]
+        keys, values = (part[attention.layer] for part in (step.cache.keys, step.cache.values))
+        for store, new in ((keys, new_keys), (values, new_values)):
+            kept = torch.where(step.active.bool()[:, None, None], new, store[step.rows, step.slots])
+            store[step.rows, step.slots] = kept
+        q = q.reshape(-1, heads // groups, width)  # (B groups, heads of a group, channels)
+        keys, values = (part.transpose(1, 2).flatten(0, 1) for part in (keys, values))
+        lengths = step.filled[:, None].expand(-1, groups).reshape(-1)
+        mixed = mla_decode(torch.zeros_like(q), q, values, keys, lengths, attention.scale)
+        return linear(mixed.reshape(len(x), heads * width), attention.w_o.weight, residual=x)
 
 
 @dataclass
 class Step:
     """What all layers of one step share."""
 
-    cache: LatentCache
+    cache: Cache
     active: Tensor  # (B,) int32, 0 where no token is fed in
     filled: Tensor  # (B,) int32, lengths once this step's tokens are in
     angles: Tensor  # (B, R / 2) float32
@@ -109,6 +154,17 @@ class Step:
     full_weight: Tensor
     arrivals: Tensor  # (B,) int32 zeros, which the layers' routers share
     chosen: list[list[Tensor]]
+    rows: Tensor  # (B,) int64, 0, 1, 2, ...; and the slot of each row's new token
+    slots: Tensor
+
+    @cached_property
+    def cos(self) -> Tensor:
+        """(B, R / 2), YaRN's factor included, as `sin`."""
+        return self.angles.cos() * self.turn_length
+
+    @cached_property
+    def sin(self) -> Tensor:
+        return self.angles.sin() * self.turn_length
 
 
 class StepModel:
@@ -117,11 +173,12 @@ class StepModel:
     def __init__(self, model: DeepSeekV2):
         self.cfg, self.rotary = model.cfg, model.rotary
         self.embed, self.norm, self.head = model.embed, model.norm, model.head
-        self.layers = [StepLayer(block) for block in model.layers]
+        kind = LatentStepLayer if model.cfg.attention == "mla" else GroupedStepLayer
+        self.layers = [kind(block, model.cfg) for block in model.layers]
         self.signature = weights_signature(model)
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, active: Tensor, cache: LatentCache) -> tuple[Tensor, list[Tensor]]:
+    def __call__(self, tokens: Tensor, active: Tensor, cache: Cache) -> tuple[Tensor, list[Tensor]]:
         """Feed tokens (B,) in; logits (B, vocab), and expert ids, weights and scores of all layers, stacked.
 
         Appends to the cache and adds `active` to its lengths, all on the device.
@@ -137,6 +194,8 @@ class StepModel:
             torch.ones(batch, 1, device=tokens.device),
             torch.zeros(batch, dtype=torch.int32, device=tokens.device),
             [],
+            torch.arange(batch, device=tokens.device),
+            cache.lengths.long().clamp(max=cache.max_tokens - 1),
         )
         x, summands = self.embed(tokens), None
         for layer in self.layers:
@@ -149,7 +208,7 @@ class StepModel:
         cache.lengths += active
         return logits, [torch.stack(parts) for parts in zip(*step.chosen)]
 
-    def new_cache(self, batch: int, max_tokens: int) -> LatentCache:
+    def new_cache(self, batch: int, max_tokens: int) -> Cache:
         weight = self.embed.weight
         return new_cache(self.cfg, batch, max_tokens, weight.device, weight.dtype)
 
@@ -165,7 +224,7 @@ def weights_signature(model: DeepSeekV2) -> tuple:
 class Captured:
     """A step at fixed addresses: `run` copies the tokens in and replays the graph."""
 
-    def __init__(self, step: StepModel, cache: LatentCache):
+    def __init__(self, step: StepModel, cache: Cache):
         device = cache.lengths.device
         self.cache = cache
         self.tokens = torch.zeros(cache.batch, dtype=torch.int64, device=device)
@@ -219,7 +278,7 @@ class GraphDecoder:
             known = cls._known[model] = cls(model)
         return known
 
-    def prepare(self, batch: int, max_tokens: int, cache: LatentCache | None = None) -> Captured:
+    def prepare(self, batch: int, max_tokens: int, cache: Cache | None = None) -> Captured:
         """A captured step for `batch` sequences of up to `max_tokens` tokens, its cache empty unless given.
 
         Without a cache the static one is used, if it has the room; else a larger one takes its place.

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dsv2.attention import Cache, LatentCache
+from dsv2.attention import Cache
 from dsv2.generate.graphs import Captured, GraphDecoder, why_not
 from dsv2.generate.sampling import Sampling
 from dsv2.model import DeepSeekV2
@@ -125,7 +125,7 @@ def decode_with_graphs(
     max_new_tokens: int,
     sampling: Sampling,
     eos_id: int | None,
-    cache: LatentCache | None,
+    cache: Cache | None,
 ) -> Iterator[DecodeStep]:
     """`decode` by replaying one captured step, always one token ahead of the caller.
 
@@ -146,7 +146,7 @@ def decode_with_graphs(
 def replay(
     model: DeepSeekV2,
     captured: Captured,
-    cache: LatentCache,
+    cache: Cache,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,

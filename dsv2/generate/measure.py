@@ -92,13 +92,19 @@ def between(first: torch.cuda.Event | float, last: torch.cuda.Event | float) -> 
 
 @torch.no_grad()
 def measure_decoding(
-    model: DeepSeekV2, batch: int, cached: int, steps: int = 32, bandwidth: float | None = None
+    model: DeepSeekV2,
+    batch: int,
+    cached: int,
+    steps: int = 32,
+    bandwidth: float | None = None,
+    exact: bool = False,
 ) -> Decoding:
     """Greedy steps of `batch` sequences behind `cached` tokens each, as `decode` makes them.
 
     The cache is filled with random numbers: what it holds does not change the time. The first quarter of the
     steps is not counted. The bytes are those of the weights in use, of the experts that were chosen, and of
-    the cache. Raises ValueError if there is not one step to measure.
+    the cache. exact: a cache for this batch and this many tokens and no more, which `decode` would round up.
+    Raises ValueError if there is not one step to measure.
     """
     if steps < 4:
         raise ValueError(f"steps={steps} must be at least 4: the first quarter is not counted")
@@ -106,7 +112,9 @@ def measure_decoding(
     graphs = why_not(model, batch) is None
     room = cached + steps
     if graphs:
-        captured = GraphDecoder.of(model).prepare(batch, room)
+        captured = GraphDecoder.of(model).prepare(
+            batch, room, model.new_cache(batch, room) if exact else None
+        )
         cache = captured.cache
     else:
         cache = model.new_cache(batch, room)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from dsv2.accounting import attention_macs
 from dsv2.config import DSV2Config
-from dsv2.published import DATA, Device, published_devices
+from dsv2.published import Device, measured_devices, published_devices
 from dsv2.viz import style
 from dsv2.viz.cache import tokens_text
 from dsv2.viz.style import BASE, INK, LINE, SMALL, finish, label, new_axes, new_figure
@@ -268,20 +267,7 @@ def attention_step(
 @cache
 def roofline_devices() -> dict[str, Device]:
     """The published devices, and beside each one that was measured, the rates that it reached."""
-    devices = published_devices()
-    for entry in json.loads((DATA / "devices.json").read_text(encoding="utf-8"))["devices"]:
-        if "measured" in entry:
-            base, measured = devices[entry["name"]], entry["measured"]
-            name = f"{base.name}, measured"
-            devices[name] = Device(
-                name,
-                base.memory,
-                measured["copy_gb_per_s"] * 1e9,
-                measured["matmul_tflops"] * 1e12,
-                base.dtype,
-                measured["how"],
-            )
-    return devices
+    return published_devices() | measured_devices()
 
 
 def number_width(device: Device) -> int:
