@@ -40,7 +40,15 @@ from dsv2.accounting import (
     training_flops_per_token,
 )
 from dsv2.config import DSV2Config
-from dsv2.published import DATA, Device, measured_devices, published_devices, published_models
+from dsv2.published import (
+    DATA,
+    BarPair,
+    Device,
+    measured_devices,
+    published_devices,
+    published_models,
+    published_numbers,
+)
 
 # Bits of a number. DeepSeek-V2 as it was deployed: weights in FP8, the cache in 6 bits on average (3.2.3).
 WEIGHT_FORMATS = {"bf16": 16, "fp8": 8}
@@ -49,13 +57,6 @@ CACHE_FORMATS = {"bf16": 16, "fp8": 8, "6 bits": 6}
 RESERVE = 0.1  # of the memory, kept for activations, the programs themselves, and gaps between tensors
 PHASES = ("attention's matrices", "attention over the cache", "networks and experts", "head")
 OLD, NEW = "DeepSeek 67B", "DeepSeek-V2"
-
-# H800 hours for a trillion tokens (section 3.2.3), and the tokens of DeepSeek-V2's pre-training (3.1.1).
-PUBLISHED_HOURS = {OLD: 300_600.0, NEW: 172_800.0}
-PUBLISHED_TRILLIONS = 8.1
-# Figure 1(b): tokens a second on one node of eight H800, as the heights of its bars were measured.
-PUBLISHED_SPEED = {OLD: 9_610.0, NEW: 55_400.0}
-PUBLISHED_SPEEDUP = 5.76
 
 # An H800 has an H100's memory, bandwidth and matrix rate; what it lacks is between devices, and left out.
 H800 = "H100 80GB"
@@ -86,6 +87,16 @@ def cache_saving(cfg: DSV2Config, other: DSV2Config, form: Any = "6 bits", other
 # --------------------------------------------------------------------------------------------- training
 
 
+def published_hours() -> dict[str, float]:
+    """H800 hours for a trillion tokens, DeepSeek 67B's and DeepSeek-V2's (`data/published/training.json`).
+
+    >>> published_hours()
+    {'DeepSeek 67B': 300600.0, 'DeepSeek-V2': 172800.0}
+    """
+    numbers = published_numbers()
+    return {name: 1e3 * numbers.run(name).h800_hours_k_per_t_tokens for name in (OLD, NEW)}
+
+
 @dataclass(frozen=True)
 class Training:
     """What a trillion tokens take: by counting FLOPs, and in published GPU hours."""
@@ -110,7 +121,7 @@ def published_training(context: int = 4096, device: str = H800) -> dict[str, Tra
     models, machine = published_models(), published_devices()[device]
     return {
         name: Training(name, training_flops_per_token(models[name], context).total, hours, machine)
-        for name, hours in PUBLISHED_HOURS.items()
+        for name, hours in published_hours().items()
     }
 
 
@@ -312,6 +323,25 @@ def prefill_speed(cfg: DSV2Config, context: int, deployment: Deployment) -> floa
 STEPS = ("MLA", "V2's layers and experts", "FP8 weights", "6-bit cache")
 
 
+def published_speeds() -> dict[str, float]:
+    """Tokens a second on eight H800, measured from the bars of figure 1(b) (`data/published/figure_1.json`).
+
+    >>> published_speeds()
+    {'DeepSeek 67B': 9610.0, 'DeepSeek-V2': 55400.0}
+    """
+    bars = _speed_bars()
+    return {OLD: 1e3 * bars.dense_67b, NEW: 1e3 * bars.v2}
+
+
+def published_speedup() -> float:
+    """The ratio of the two that the abstract states: 5.76."""
+    return _speed_bars().stated
+
+
+def _speed_bars() -> BarPair:
+    return next(pair for pair in published_numbers().figure_1 if pair.quantity == "generation throughput")
+
+
 @dataclass(frozen=True)
 class SpeedupStep:
     """One change on the way from DeepSeek 67B to DeepSeek-V2. factor: against the step before; first: 1."""
@@ -494,9 +524,8 @@ def report() -> str:
         lines.append(
             f"  {context:>6,} tokens: {first:,.0f} -> {last:,.0f} tokens/s, x{speedup(steps):.2f} ({said})"
         )
-    lines.append(
-        f"  published: {PUBLISHED_SPEED[OLD]:,.0f} -> {PUBLISHED_SPEED[NEW]:,.0f}, x{PUBLISHED_SPEEDUP}"
-    )
+    speeds = published_speeds()
+    lines.append(f"  published: {speeds[OLD]:,.0f} -> {speeds[NEW]:,.0f}, x{published_speedup()}")
     eight = Deployment(measured_devices()[f"{H800}, measured"], 8, "fp8", "6 bits")
     prompt = prefill_speed(models[NEW], 4096, eight)
     lines.append(f"  prompts of 4,096 tokens, {NEW}: {prompt:,.0f} tokens/s at most; published: over 100,000")

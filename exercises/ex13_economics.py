@@ -138,7 +138,8 @@ def step_seconds(cfg: DSV2Config, context: int, batch: int, deployment: Deployme
     Four phases follow one another. In each, reading and computing overlap: the longer one counts.
 
         phase                    reads, once a step            computes, for each text
-        attention's matrices     attention, norms              projections, expansion
+        attention's matrices     attention, norms              projections, and expansion: MLA's
+                                                               W^UK on queries, W^UV on outputs
         attention over cache     the texts' caches             scores_and_values
         networks and experts     dense_ffn, shared_experts,    dense_ffn, shared_experts,
                                  router, and the experts that  router, routed_experts
@@ -197,4 +198,4 @@ def cheapest_batch(
             best = (batch, cost)
     return best
 
-# stub d7b1cb: file 791677, 13.1 54ef50, 13.2 347851, 13.3 34b85a, 13.4 8f0e87, 13.5 b4f033, 13.6 ac3783
+# stub f50309: file 791677, 13.1 54ef50, 13.2 347851, 13.3 34b85a, 13.4 8f0e87, 13.5 befe9d, 13.6 ac3783

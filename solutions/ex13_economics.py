@@ -157,7 +157,8 @@ def step_seconds(cfg: DSV2Config, context: int, batch: int, deployment: Deployme
     Four phases follow one another. In each, reading and computing overlap: the longer one counts.
 
         phase                    reads, once a step            computes, for each text
-        attention's matrices     attention, norms              projections, expansion
+        attention's matrices     attention, norms              projections, and expansion: MLA's
+                                                               W^UK on queries, W^UV on outputs
         attention over cache     the texts' caches             scores_and_values
         networks and experts     dense_ffn, shared_experts,    dense_ffn, shared_experts,
                                  router, and the experts that  router, routed_experts

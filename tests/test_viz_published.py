@@ -12,7 +12,6 @@ from dsv2.accounting import training_flops_per_token
 from dsv2.published import published_models, published_numbers
 from dsv2.viz import (
     ablation_scores,
-    chat_bars,
     describe,
     headline_bars,
     score_explorer,
@@ -126,8 +125,6 @@ def test_unknown_names_are_refused():
         score_points("ARC")
     with pytest.raises(ValueError, match="against='price' is not among activated, total, compute"):
         score_points("MMLU", "price")
-    with pytest.raises(ValueError, match="benchmark='Arena' is not among AlignBench, MT-Bench"):
-        chat_bars("Arena")
 
 
 def test_the_explorers_menus_draw_what_they_say():
@@ -184,16 +181,6 @@ def test_ablation_bars_are_the_tables(table):
     else:
         assert len(figure.axes) == 1
     assert all(row.attention in describe(figure) for row in rows)
-
-
-@pytest.mark.parametrize("benchmark", ["AlignBench", "MT-Bench", "AlpacaEval 2.0"])
-def test_chat_bars_are_the_rows_best_first(benchmark):
-    figure = chat_bars(benchmark)
-    readable(figure)
-    rows = sorted((r for r in NUMBERS.chat if r.benchmark == benchmark), key=lambda r: r.score, reverse=True)
-    assert widths(figure.axes[0]) == [row.score for row in rows]
-    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [row.model for row in rows]
-    assert rows[0].unit in figure.axes[0].get_xlabel()
 
 
 # ------------------------------------------------------------------------------------------- the sparsity map

@@ -106,7 +106,6 @@ from dsv2.viz.pretraining import (
 )
 from dsv2.viz.published import (
     ablation_scores,
-    chat_bars,
     headline_bars,
     score_explorer,
     score_map,
@@ -148,7 +147,6 @@ __all__ = [
     "chance_reach",
     "channel_layouts",
     "chapters_here",
-    "chat_bars",
     "context_explorer",
     "context_figure",
     "convention_dots",

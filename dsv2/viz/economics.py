@@ -17,8 +17,6 @@ from dsv2.economics import (
     CACHE_FORMATS,
     NEW,
     OLD,
-    PUBLISHED_SPEED,
-    PUBLISHED_SPEEDUP,
     WEIGHT_FORMATS,
     Check,
     Deployment,
@@ -26,6 +24,8 @@ from dsv2.economics import (
     Throughput,
     decode_throughput,
     largest_batch,
+    published_speeds,
+    published_speedup,
     speedup,
 )
 from dsv2.published import Device, measured_devices, published_devices, published_models
@@ -60,7 +60,7 @@ def speedup_figure(steps: Sequence[SpeedupStep], published: Mapping[str, float] 
     """
     if len(steps) < 2:
         raise ValueError(f"steps has {len(steps)} entries; there must be 2 or more")
-    published = PUBLISHED_SPEED if published is None else published
+    published = published_speeds() if published is None else published
     figure = new_figure(10.4, 1.5 + 0.74 * len(steps))
     ax = style.style_axes(figure.add_subplot(), "x")
     margins(figure, left=3.15, right=1.1, bottom=1.2, top=0.2)
@@ -114,7 +114,7 @@ def speedup_by_context(
     """
     if len(factors) < 2:
         raise ValueError(f"factors has {len(factors)} contexts; there must be 2 or more")
-    published = PUBLISHED_SPEEDUP if published is None else published
+    published = published_speedup() if published is None else published
     ax = new_axes(axes, 10.0, 4.3, left=1.0, right=0.4, bottom=0.8, top=0.3)
     ax.axhline(published, color=INK, linewidth=2.0, linestyle=(0, (5, 3)), label="published")
     ax.annotate(

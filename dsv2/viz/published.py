@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from dsv2.headlines import training_compute
-from dsv2.published import AttentionAblation, BarPair, BaseScores, ChatScore, SparseModel, published_numbers
+from dsv2.published import AttentionAblation, BarPair, BaseScores, SparseModel, published_numbers
 from dsv2.viz import style
 from dsv2.viz.style import BASE, INK, LINE, SMALL, finish, label, margins, new_axes, new_figure
 from dsv2.viz.widgets import Explorer
@@ -219,7 +219,6 @@ def headline_bars(rows: Sequence[BarPair] | None = None) -> Figure:
         panel.set_ylim(0, 1.16 * max(values))
         panel.yaxis.set_major_locator(MaxNLocator(4))
         times = "times" in pair.stated_as
-        times = "times" in pair.stated_as
         panel.set_title(pair.quantity, fontsize=BASE, color=INK, loc="left", pad=38)
         panel.annotate(
             f"{pair.stated:g} {'times' if times else '% less'}", (0, 1), xycoords="axes fraction",
@@ -233,28 +232,6 @@ def headline_bars(rows: Sequence[BarPair] | None = None) -> Figure:
             f"{pair.stated_as} by these numbers, {pair.stated:g} in the paper ({pair.reading})"
         )
     return finish(figure, f"DeepSeek 67B and DeepSeek-V2. {'; '.join(said)}.")
-
-
-def chat_bars(benchmark: str = "AlignBench", rows: Sequence[ChatScore] | None = None) -> Figure:
-    """One benchmark of chat models, best first; DeepSeek-V2's in blue."""
-    rows = _numbers().chat if rows is None else rows
-    here = sorted((row for row in rows if row.benchmark == benchmark), key=lambda row: -row.score)
-    if not here:
-        known = ", ".join(dict.fromkeys(row.benchmark for row in rows))
-        raise ValueError(f"benchmark={benchmark!r} is not among {known}")
-    ax = new_axes(None, 10.4, 1.3 + 0.65 * len(here), grid=None, left=2.9, right=0.8, bottom=0.8, top=0.2)
-    for place, row in enumerate(here):
-        ax.barh(place, row.score, height=0.72, color=style.BLUE if V2 in row.model else style.GREY)
-        ax.annotate(
-            f"{row.score:g}", (row.score, place), xytext=(6, 0), textcoords="offset points", va="center",
-            fontsize=BASE, fontweight="bold", color=INK,
-        )  # fmt: skip
-    ax.set_yticks(range(len(here)), [row.model for row in here], fontsize=SMALL)
-    ax.tick_params(axis="y", length=0)
-    ax.set_ylim(len(here) - 0.5, -0.5)
-    ax.set_xlim(0, 10 if "of 10" in here[0].unit else 100)
-    label(ax, f"{benchmark} ({here[0].unit})")
-    return finish(ax, f"{benchmark}, {here[0].unit}: {'; '.join(f'{r.model} {r.score:g}' for r in here)}.")
 
 
 def ablation_scores(rows: Sequence[AttentionAblation] | None = None) -> Figure:

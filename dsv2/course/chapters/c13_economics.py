@@ -131,8 +131,7 @@ CACHE_SAVING = Exercise(
         ),
         Mistake(
             "a factor of two",
-            "MLA's cache is counted twice as large against the others as it is: one latent gives keys and "
-            "values, while the others keep keys and values both.",
+            "For GQA and the others keys or values were counted. They keep both; MLA's latent makes both.",
             saving_with(heads=lambda c: c.kv_heads * c.baseline_head_dim),
         ),
         Mistake(
@@ -140,6 +139,23 @@ CACHE_SAVING = Exercise(
             "A head's width was taken to be the hidden size over the heads. It is a field of its own, and in "
             "DeepSeek-V2 another number.",
             saving_with(heads=lambda c: 2 * c.kv_heads * c.hidden_size / c.num_attention_heads),
+        ),
+        Mistake(
+            "MLA on the left, GQA on the right",
+            "The first model was taken to have MLA and the second not. Ask each of them: model.attention.",
+            lambda cfg, other, form="6 bits", other_form="bf16": (
+                1
+                - (cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+                * cfg.num_hidden_layers
+                * bits_of(form)
+                / (
+                    2
+                    * other.kv_heads
+                    * other.baseline_head_dim
+                    * other.num_hidden_layers
+                    * bits_of(other_form)
+                )
+            ),
         ),
         Mistake(
             "one layer",
@@ -246,8 +262,15 @@ CONVENTIONS_THAT_FIT = Exercise(
         ),
         Mistake(
             "equal numbers",
-            "The counts were held against the printed number without rounding them. None is that round.",
+            "Nothing fits anywhere. Are the counts divided by 1e9, and rounded before they are held against "
+            "the printed digits?",
             fitting(lambda count, published: count == float(published)),
+        ),
+        Mistake(
+            "21.0 is not 21",
+            "Where no decimals were printed nothing fits: round(x, 0) is a float, and its text ends in .0. "
+            'An f-string with ".0f" writes no point.',
+            fitting(lambda count, published: str(round(count, decimals(published))) == published),
         ),
         Mistake(
             "within a whole digit",
@@ -395,6 +418,11 @@ TRAINING_BILL = Exercise(
             "saved in percent",
             '"hours saved" is in percent. Asked for is a share.',
             bill_with(hours_saved=lambda h, f, rate, t, p: 100 * (1 - h[1] / h[0])),
+        ),
+        Mistake(
+            "a number of hours",
+            '"hours saved" is a number of hours. Asked for is a share of the other\'s.',
+            bill_with(hours_saved=lambda h, f, rate, t, p: h[0] - h[1]),
         ),
         Mistake(
             "FLOPs saved",
@@ -639,6 +667,11 @@ LARGEST_BATCH = Exercise(
             batch_with(least=None),
         ),
         Mistake(
+            "fewer than none, cut off",
+            "Where the weights are too large, int() cuts a number below 0. It should be 0: no text fits.",
+            batch_with(whole=int, least=None),
+        ),
+        Mistake(
             "one text at least",
             "Where the weights are too large, one text is let in. None fits.",
             batch_with(least=1),
@@ -668,6 +701,8 @@ def step_with(
         experts * (1 - (1 - k / experts) ** batch)
     ),
     shared: Callable[[Parameters], float] = lambda parts: parts.shared_experts,
+    norms: float = 1.0,
+    router: float = 1.0,
     cached: Callable[[int, int, int], float] = lambda batch, context, elements: batch * context * elements,
     row: Callable[[int, DSV2Config, Parameters], float] = lambda batch, c, parts: batch * c.hidden_size,
     texts: Callable[[int], int] = lambda batch: batch,
@@ -681,6 +716,7 @@ def step_with(
     join: Callable[[list[float], list[float]], float] = lambda read, done: sum(map(max, read, done)),
     result: Callable[[float, int], float] = lambda seconds, batch: seconds,
     expansion: float = 1.0,
+    shared_work: float = 1.0,
 ) -> Callable[..., float]:
     """An answer to 13.5: join(seconds of reading, seconds of computing) over the four phases."""
 
@@ -694,22 +730,22 @@ def step_with(
         for_cache /= weights(batch)
         elements = cached(batch, context, accounting.kv_elements_per_token(cfg))
         amounts = [
-            (parts.attention + parts.norms) * for_weights,
+            (parts.attention + norms * parts.norms) * for_weights,
             elements * for_cache,
-            (parts.dense_ffn + shared(parts) + parts.router + experts) * for_weights,
+            (parts.dense_ffn + shared(parts) + router * parts.router + experts) * for_weights,
             (parts.head + row(batch, cfg, parts)) * for_weights,
         ]
         bandwidth, rate = rates(deployment)
         read = [amount / unit / bandwidth for amount in amounts]
-        done = [texts(batch) * flops / rate for flops in work_of(work, expansion)]
+        done = [texts(batch) * flops / rate for flops in work_of(work, expansion, shared_work)]
         return result(join(read, done), batch)
 
     return answer
 
 
-def work_of(work: Flops, expansion: float = 1.0) -> tuple[float, float, float, float]:
+def work_of(work: Flops, expansion: float = 1.0, shared: float = 1.0) -> tuple[float, float, float, float]:
     """The FLOPs of the four phases."""
-    networks = work.dense_ffn + work.shared_experts + work.router + work.routed_experts
+    networks = work.dense_ffn + shared * work.shared_experts + work.router + work.routed_experts
     return (work.projections + expansion * work.expansion, work.scores_and_values, networks, work.head)
 
 
@@ -819,6 +855,31 @@ STEP_SECONDS = Exercise(
             step_with(shared=lambda parts: 0.0),
         ),
         Mistake(
+            "shared experts' work forgotten",
+            "The shared experts were read, but their products are left out of the third phase.",
+            step_with(shared_work=0.0),
+        ),
+        Mistake(
+            "norms forgotten",
+            "The norms were not read. They are small, and they are in the table.",
+            step_with(norms=0.0),
+        ),
+        Mistake(
+            "router forgotten",
+            "The router was not read. The third phase needs it to choose experts.",
+            step_with(router=0.0),
+        ),
+        Mistake(
+            "no row of the embedding",
+            "No row of the embedding was read. Each text's newest token needs its own.",
+            step_with(row=lambda batch, c, parts: 0.0),
+        ),
+        Mistake(
+            "one row for all texts",
+            "One row of the embedding was read for all texts. Each text needs its own.",
+            step_with(row=lambda batch, c, parts: c.hidden_size),
+        ),
+        Mistake(
             "weights once for each text",
             "The weights were read for each text anew. A step reads them once for all.",
             step_with(weights=lambda batch: batch),
@@ -892,7 +953,7 @@ STEP_SECONDS = Exercise(
         "return the sum of the larger one of both",
     ),
     checked="one text and thousands, MLA and GQA, formats, devices, phases that read or that compute",
-    tolerance=1e-7,
+    tolerance=1e-11,  # seconds: a row of the embedding takes about a nanosecond
 )
 # -------------------------------------------------------------------------------- 13.6 the cheapest batch
 
@@ -905,6 +966,7 @@ def priced(
     paid: Callable[[float, int], float] = lambda price, devices: price * devices,
     better: Callable[[tuple, tuple], bool] = lambda new, old: new[1] < old[1],
     result: Callable[[tuple | None], Any] = lambda best: best,
+    stop: bool = False,
 ) -> Callable[..., Any]:
     """An answer to 13.6."""
 
@@ -918,6 +980,8 @@ def priced(
                 new = (batch, tokens / speed(batch, step) / hour * paid(price, devices))
                 if best is None or better(new, best):
                     best = new
+            elif stop:
+                break
         return result(best)
 
     return answer
@@ -950,7 +1014,7 @@ CHEAPEST_BATCH = Exercise(
     minutes=10,
     answer=priced(),
     cases=(
-        Case("batches of 1 to 512, 0.5 tokens a second", prices(READERS, 0.5, 2.0, 8)),
+        Case("batches of 1 to 512, 0.1 tokens a second", prices(READERS, 0.1, 2.0, 8)),
         Case(
             "batches of 1 to 512, 16 tokens a second, which 128 texts just get", prices(READERS, 16.0, 2.5, 3)
         ),
@@ -984,6 +1048,16 @@ CHEAPEST_BATCH = Exercise(
             "fast ones left out",
             "The batches that are fast enough were left out, and the others kept.",
             priced(fast=lambda batch, step, least: 1 / step < least),
+        ),
+        Mistake(
+            "ended at the first slow batch",
+            "The search ended at the first batch that is too slow. A later one may be fast enough.",
+            priced(stop=True),
+        ),
+        Mistake(
+            "nothing comes back",
+            "None came back everywhere, also where a batch is fast enough. Is there a return at the end?",
+            priced(result=lambda best: None),
         ),
         Mistake(
             "faster than wanted",
