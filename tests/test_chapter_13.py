@@ -181,6 +181,10 @@ def quoted() -> dict[str, str]:
     assert work["DeepSeek-V2"] / work["DeepSeek 67B"] == pytest.approx(1.5, abs=0.05)
     assert 5 < work["LLaMA3 70B"] / work["DeepSeek-V2"] < 6
     assert published_speeds()["DeepSeek-V2"] > eight.tokens_per_second, "above the limit"
+    gqa = speedup_steps(4096, ("V2's layers and experts", "FP8 weights", "MLA", "6-bit cache"))
+    first = speedup_steps(4096, ("FP8 weights", "MLA", "6-bit cache", "V2's layers and experts"))
+    assert first[1].factor == pytest.approx(1), "FP8 brings DeepSeek 67B nothing"
+    least, most = dsv2.economics.factor_ranges(4096)["MLA"]
     at_256 = [cost(name, batch=256).tokens_per_second for name in served]
     assert at_256[0] > at_256[1]
     assert accounting.expected_distinct_experts(MODELS["DeepSeek-V2"], 64) / 160 == pytest.approx(
@@ -213,6 +217,8 @@ def quoted() -> dict[str, str]:
         "64 texts": f"{small['DeepSeek 67B']:,.0f} tokens per second and DeepSeek-V2's "
         f"{small['DeepSeek-V2']:,.0f}",
         "the dense model's lead": "with 256 the dense model is still ahead",
+        "FP8 for GQA": f"makes DeepSeek-V2 with GQA {gqa[2].factor:.1f} times as fast",
+        "MLA's share": f"in these limits {least:.1f} to {most:.1f} at this length",
         "nine tenths": "64 texts already read nine tenths of them",
         "one text": f"{one['DeepSeek-V2'] / one['DeepSeek 67B']:.1f} times as high",
         "fp8 cache": f"{cost('DeepSeek-V2', cache='fp8').batch:,} texts or {eight.batch:,}, and "

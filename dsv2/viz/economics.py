@@ -408,7 +408,7 @@ def cost_caption(
             if most
             else "Not even one text fits: more GPUs, or fewer bits."
         )
-        return f"<div style='max-width:1040px'><b>{model}</b> does not fit so. {hint}</div>"
+        return f"<div style='max-width:1040px;font-size:15px'><b>{model}</b> does not fit so. {hint}</div>"
     rows = "".join(
         f"<tr><td>{phase.name}</td>"
         + "".join(

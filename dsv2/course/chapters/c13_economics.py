@@ -668,7 +668,7 @@ LARGEST_BATCH = Exercise(
         ),
         Mistake(
             "fewer than none, cut off",
-            "Where the weights are too large, int() cuts a number below 0. It should be 0: no text fits.",
+            "Where the weights are too large, a number below 0 comes out, cut by int(). No text fits then: 0.",
             batch_with(whole=int, least=None),
         ),
         Mistake(
