@@ -167,9 +167,9 @@ def step_seconds(cfg: DSV2Config, context: int, batch: int, deployment: Deployme
                                  row of the embedding
 
     parts = accounting.parameters(cfg) has the parameters by these names (parts.attention, ...), of the routed
-    experts all; work = accounting.decode_flops(cfg, context) the FLOPs of one text. A row of the embedding has
-    cfg.hidden_size numbers. A cached token has accounting.kv_elements_per_token(cfg) elements. Parameters are read with
-    deployment.weight_bits bits each, elements of the cache with deployment.cache_bits.
+    experts all; work = accounting.decode_flops(cfg, context) the FLOPs of one text. A row of the embedding
+    has cfg.hidden_size numbers, a cached token accounting.kv_elements_per_token(cfg) elements. Parameters are
+    read with deployment.weight_bits bits each, elements of the cache with deployment.cache_bits.
 
     Of E routed experts (cfg.n_routed_experts; 0 in a dense model), K (cfg.num_experts_per_tok) are chosen for
     each text, all equally often. An expert is chosen by none of the texts with probability (1 - K/E)^batch;

@@ -668,7 +668,7 @@ LARGEST_BATCH = Exercise(
         ),
         Mistake(
             "fewer than none, cut off",
-            "Where the weights are too large, a number below 0 comes out, cut by int(). No text fits then: 0.",
+            "Where the weights are too large, a number below 0 comes out of int(). No text fits then: 0.",
             batch_with(whole=int, least=None),
         ),
         Mistake(
