@@ -54,7 +54,7 @@ def test_a_quick_run_writes_what_the_chart_reads(tmp_path):
     out = tmp_path / "model.json"
     threads = torch.get_num_threads()
     try:
-        assert main(["model", "--quick", "--threads", "1", "--out", str(out)]) == 0
+        assert main(["model", "--quick", "--out", str(out)]) == 0
     finally:
         torch.set_num_threads(threads)
     report = json.loads(out.read_text())
