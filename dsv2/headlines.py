@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from dsv2 import accounting
 from dsv2.config import DSV2Config
+from dsv2.economics import cache_saving
 from dsv2.published import Claim, Published, published_models, published_numbers
 
 COUNTED = "without embedding and router"  # the convention that fits every activated count (chapter 09)
@@ -129,14 +130,9 @@ def _caches(models: Mapping[str, DSV2Config], numbers: Published) -> list[Headli
     """93.3 % and what other conventions give, and GQA's groups at MLA's cache."""
     dense, v2 = models["DeepSeek 67B"], models["DeepSeek-V2"]
     paper = next(bar for bar in numbers.figure_1 if bar.quantity == "KV cache")
-    theirs = accounting.kv_bytes_per_token(dense, 16)
-
-    def saved(bits: float | int) -> float:
-        return 100 * (1 - accounting.kv_bytes_per_token(v2, bits) / theirs)
-
     return [
         Headline(
-            "KV cache saved", _digits(paper.stated), "%", saved(6),
+            "KV cache saved", _digits(paper.stated), "%", 100 * cache_saving(v2, dense, 6, 16),
             "6 bits an element, against DeepSeek 67B's 16", paper.source,
         ),
         Headline(
@@ -151,12 +147,11 @@ def cache_savings(models: Mapping[str, DSV2Config] | None = None) -> dict[str, f
     models = published_models() if models is None else models
     dense, v2 = models["DeepSeek 67B"], models["DeepSeek-V2"]
     mha = accounting.attention_twin(v2, "mha")
-    here, there = accounting.kv_elements_per_token(v2), accounting.kv_elements_per_token(dense)
     return {
-        "6-bit against 16-bit": 100 * (1 - 6 * here / (16 * there)),
-        "8-bit against 16-bit": 100 * (1 - 8 * here / (16 * there)),
-        "elements alone": 100 * (1 - here / there),
-        "elements, against V2 with MHA": 100 * (1 - here / accounting.kv_elements_per_token(mha)),
+        "6-bit against 16-bit": 100 * cache_saving(v2, dense, 6, 16),
+        "8-bit against 16-bit": 100 * cache_saving(v2, dense, 8, 16),
+        "elements alone": 100 * cache_saving(v2, dense, 16, 16),
+        "elements, against V2 with MHA": 100 * cache_saving(v2, mha, 16, 16),
     }
 
 
